@@ -1,0 +1,28 @@
+"""What all tests share: where the reference vectors are, and what this machine allows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    unprivileged = os.geteuid() != 0 or not os.path.exists("/dev/fuse")
+    for item in items:
+        if unprivileged and (item.get_closest_marker("root") or item.get_closest_marker("containerd")):
+            item.add_marker(pytest.mark.skip(reason="needs root and /dev/fuse"))
+        if item.get_closest_marker("vectors") and not SHARED.exists():
+            item.add_marker(pytest.mark.skip(reason="the reference vectors are not beside this checkout"))
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """The folder of images written by the reference implementation."""
+    path = SHARED / "vectors"
+    if not path.exists():
+        pytest.skip("the reference vectors are not beside this checkout")
+    return path
