@@ -74,12 +74,16 @@ class BlobFeature(IntFlag):
     CAP_TAR_TOC = 0x4000_0000
 
 
+_NO_FEATURES = BlobFeature(0)
+
+
 class ChunkFlag(IntFlag):
     COMPRESSED = 0x1
     HOLE = 0x2
     ENCRYPTED = 0x4
     BATCH = 0x8
     HAS_CRC = 0x10
+    ZRAN = 0x20  # at run time only: the bytes come out of a gzip random-access context
 
 
 #: The 80-byte chunk record of v5 inodes and of the v6 chunk table, as it lies on disk (little endian).
@@ -147,7 +151,7 @@ class BlobInfo:
     chunk_count: int = 0
     compression: Compression = Compression.NONE
     digester: Digester = Digester.BLAKE3
-    features: BlobFeature = BlobFeature(0)
+    features: BlobFeature = _NO_FEATURES
     compressed_size: int = 0
     uncompressed_size: int = 0
     toc_size: int = 0
@@ -163,6 +167,43 @@ class BlobInfo:
     iv: bytes = b""
     readahead_offset: int = 0
     readahead_size: int = 0
+
+    @property
+    def data_size(self) -> int:
+        """Length of the chunk data at the start of the blob (of the layer, with SEPARATE); rafs.md 3.7."""
+        features = self.features
+        if features & BlobFeature.SEPARATE or not features & BlobFeature.CAP_TAR_TOC:
+            return self.compressed_size
+        end = self.meta_offset if self.meta_compressed_size else self.compressed_size
+        return max(end - (512 if features & BlobFeature.HAS_TAR_HEADER else 0), 0)
+
+
+@dataclass(slots=True)
+class Super:
+    """What the head of a bootstrap says, without its tree.
+
+    Attributes:
+        block_size: unit of ``device_blocks`` and ``mapped_blocks`` (v6); the chunk size in v5.
+        root: nid of the root (v6) or its inode number, always 1 (v5).
+        inode_count: names in the tree, each link counted.
+        meta_offset: byte offset of the v6 metadata area, where nid 0 lies; of the inode table in v5.
+        device_blocks, mapped_blocks: for each v6 device its length, and its block address in a flat image.
+        prefetch: nids (v6) or inode numbers (v5) in pattern order.
+        chunk_table: (offset, size in bytes) of the v6 chunk table.
+    """
+
+    version: int
+    flags: SuperFlag
+    chunk_size: int
+    block_size: int
+    root: int
+    inode_count: int
+    meta_offset: int
+    blobs: list[BlobInfo] = field(default_factory=list)
+    device_blocks: list[int] = field(default_factory=list)
+    mapped_blocks: list[int] = field(default_factory=list)
+    prefetch: list[int] = field(default_factory=list)
+    chunk_table: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True)
