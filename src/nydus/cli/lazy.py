@@ -1,0 +1,54 @@
+"""Command groups that import a sub-command only when it is used, and the one way in which commands fail."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from nydus.errors import NydusError
+
+
+class LazyGroup(click.Group):
+    """A click group whose sub-commands are named as ``"module:attribute"`` and imported on first use.
+
+    Args:
+        commands_in: sub-command name → (``"package.module:attribute"`` of a click command, one-line help).
+            The help stands here so that ``--help`` of the group imports nothing.
+    """
+
+    def __init__(self, *args: Any, commands_in: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands_in = commands_in
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*self.commands_in, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands_in:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.commands_in[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, text) for name, (_, text) in sorted(self.commands_in.items())]
+        rows += [
+            (name, command.get_short_help_str())
+            for name, command in sorted(self.commands.items())
+            if name not in self.commands_in and not command.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def run(command: click.Command, name: str) -> None:
+    """Run a click command as a program: a `NydusError` is one line on stderr and exit code 1."""
+    try:
+        command(prog_name=name)
+    except NydusError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
