@@ -57,7 +57,7 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64"}
 Entry = tuple[str, "Path | bytes | None"]
 """A path in the layer (no leading slash) and its content.
 
-That is a file or symlink here, None for a directory, or bytes; bytes that start with ``->`` are a symlink's target.
+That is a file or symlink here, None for a directory, or bytes; ``->`` and a path are the target of a symlink.
 """
 
 
