@@ -32,7 +32,7 @@ class WarmParent:
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Starts the parent if it is not running; returns before it is warm (the first spawn waits for it)."""
+        """Starts the parent if it is not running; does not wait until it is warm."""
         with self._lock:
             self._started()
 
@@ -47,7 +47,7 @@ class WarmParent:
             NydusError: the warm parent cannot be started.
         """
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640) if log else None
-        request = {"argv": list(argv), "cwd": os.getcwd(), "environment": dict(os.environ)}
+        request: dict[str, object] = {"argv": list(argv), "cwd": os.getcwd(), "environment": dict(os.environ)}
         try:
             fds = [output or 1, output or 2]
             answer = self._call(request, fds)
@@ -65,7 +65,7 @@ class WarmParent:
         answer = self._call({"status": pid}, [])
         if "unknown" in answer:
             raise NydusError(f"process {pid} was not started by this parent")
-        return answer["code"] if "code" in answer else None
+        return answer.get("code")
 
     def close(self) -> None:
         """Ends the parent; its daemons go on."""

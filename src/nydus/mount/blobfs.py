@@ -1,0 +1,426 @@
+"""blobfs: one large read-only file for each blob, served from a raw ``/dev/fuse`` descriptor.
+
+EROFS is mounted on these files and keeps all metadata and every page it has read in the kernel, so Python sees
+only large reads of missing ranges. Three properties carry the design (measured in docs/design.md):
+
+* The FUSE mount is *detached*: it has no place in the mount tree, only a descriptor. EROFS opens its devices
+  as ``/proc/self/fd/<descriptor>/<name>``. When the last EROFS and the descriptor are gone so is the mount.
+* The connection lives as long as any process holds ``/dev/fuse``. A successor that holds it asks the kernel to
+  send again what was not answered (FUSE_NOTIFY_RESEND) and goes on serving; no reader notices.
+* Nobody holds it: readers get EIO, never zeros.
+
+The requests are those of ``include/uapi/linux/fuse.h``, protocol 7.x.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from nydus.errors import MountError
+from nydus.mount import syscalls
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+
+MAX_READ = 1 << 20
+BLOCK = 4096
+ROOT = 1
+_FOREVER = 1 << 32  # seconds; names and sizes never change
+_FETCHERS = 32  # threads that may wait for a backend at one time
+
+# enum fuse_opcode
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
+FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT = 25, 26, 27, 28, 29, 34, 36
+DESTROY, BATCH_FORGET, NOTIFY_REPLY = 38, 42, 41
+_SILENT = {FORGET, BATCH_FORGET, INTERRUPT, NOTIFY_REPLY}
+_NOTIFY_INVAL_ENTRY, _NOTIFY_RESEND = 3, 7
+
+# INIT flags (the upper word is in ``flags2``)
+_ASYNC_READ, _BIG_WRITES, _PARALLEL_DIROPS, _MAX_PAGES = 1 << 0, 1 << 5, 1 << 18, 1 << 22
+_EXPLICIT_INVAL_DATA, _INIT_EXT, _HAS_RESEND = 1 << 25, 1 << 30, 1 << 39
+_WANTED = (
+    _ASYNC_READ | _BIG_WRITES | _PARALLEL_DIROPS | _MAX_PAGES | _EXPLICIT_INVAL_DATA | _INIT_EXT | _HAS_RESEND
+)
+_FOPEN_KEEP_CACHE = 2
+
+_IN = struct.Struct("<IIQQIIIHH")  # length, opcode, unique, node, uid, gid, pid, extensions, padding
+_OUT = struct.Struct("<IiQ")  # length, error, unique
+_INIT_IN = struct.Struct("<IIIII")  # major, minor, readahead, flags, flags2
+_INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
+_ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
+_READ_IN = struct.Struct("<QQI")  # handle, offset, size
+_IOV_MAX = 1024
+
+
+class Source(Protocol):
+    """What a file of blobfs reads from; safe for several threads."""
+
+    @property
+    def length(self) -> int:
+        """Size of the file in bytes, a multiple of the block size of the image."""
+        ...
+
+    def ready(self, offset: int, length: int) -> bool:
+        """Whether :meth:`read` would return without waiting for a backend."""
+        ...
+
+    def read(self, offset: int, length: int) -> list[Buffer]:
+        """Exactly the bytes of a range inside the file; raises where they cannot be had."""
+        ...
+
+
+@dataclass(slots=True)
+class File:
+    """One file of the file system. ``opens`` counts the kernel's open files: EROFS mounts that use it."""
+
+    node: int
+    name: str
+    size: int
+    label: str
+    source: Source | None
+    opens: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What readers asked for; sizes and latencies in the classes of nydusd.md §3.6."""
+
+    reads: int = 0
+    errors: int = 0
+    bytes: int = 0
+    latency_us: int = 0
+    sizes: list[int] = field(default_factory=lambda: [0] * 8)
+    latencies: list[int] = field(default_factory=lambda: [0] * 8)
+
+
+_SIZE_CLASSES = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20]
+_LATENCY_CLASSES = [200, 1000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000]
+
+
+class BlobFs:
+    """One FUSE connection and the threads that serve it.
+
+    Args:
+        device: the open ``/dev/fuse`` of the connection.
+        mount: the detached mount, which new EROFS mounts open their devices through.
+        threads: how many threads read requests; reads that must wait for a backend get others.
+        on_change: called after the kernel opened or closed a file, from a serving thread.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        mount: int,
+        *,
+        threads: int = 4,
+        on_change: Callable[[File], None] | None = None,
+    ) -> None:
+        self.device, self.mount = device, mount
+        self.counters = Counters()
+        self._count = threads
+        self._on_change = on_change
+        self._files: dict[int, File] = {}
+        self._names: dict[bytes, int] = {}
+        self._lock = threading.Lock()
+        self._inflight: dict[int, tuple[int, float]] = {}
+        self._waiting: queue.SimpleQueue[tuple[int, File, int, int, float]] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._fetchers = 0
+        self._threads: list[threading.Thread] = []
+        self._reported: dict[tuple[str, int], float] = {}
+
+    @classmethod
+    def create(
+        cls, *, threads: int = 4, on_change: Callable[[File], None] | None = None, source: str = "nydus"
+    ) -> BlobFs:
+        """Opens a new connection, not yet served: call :meth:`serve`.
+
+        Raises:
+            MountError: there is no ``/dev/fuse``, or no right to mount it.
+        """
+        device = -1
+        try:
+            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            with syscalls.FsContext("fuse") as context:
+                context.set("source", source)
+                context.set("fd", str(device))
+                context.set("rootmode", "40000")
+                context.set("user_id", str(os.getuid()))
+                context.set("group_id", str(os.getgid()))
+                context.set("max_read", str(MAX_READ))
+                context.set("allow_other")
+                context.create()
+                mount = context.mount(syscalls.ATTR_RDONLY | syscalls.ATTR_NODEV | syscalls.ATTR_NOSUID)
+        except OSError as error:
+            if device >= 0:
+                os.close(device)
+            raise MountError(f"cannot make a FUSE mount: {error.strerror}") from error
+        return cls(device, mount, threads=threads, on_change=on_change)
+
+    # Files
+
+    def add(self, node: int, size: int, label: str, source: Source, *, opens: int = 0) -> File:
+        """Adds a file. ``node`` is new for ever (a name is never used for two files), ``size`` in bytes,
+        ``label`` what log lines call it."""
+        file = File(node, f"blob-{node}", size, label, source, opens)
+        with self._lock:
+            if node in self._files or node == ROOT:
+                raise ValueError(f"node {node} is in use")
+            self._files[node] = file
+            self._names[file.name.encode()] = node
+        return file
+
+    def remove(self, node: int) -> None:
+        """Removes a file that no EROFS uses any more, and its pages from the kernel."""
+        with self._lock:
+            file = self._files.pop(node, None)
+            if file is None:
+                return
+            del self._names[file.name.encode()]
+        name = file.name.encode()
+        body = struct.pack("<QII", ROOT, len(name), 0) + name + b"\0"
+        with suppress(OSError):  # ENOENT: the kernel has forgotten it already
+            os.write(self.device, _OUT.pack(16 + len(body), _NOTIFY_INVAL_ENTRY, 0) + body)
+
+    def files(self) -> list[File]:
+        with self._lock:
+            return list(self._files.values())
+
+    def path(self, file: File) -> str:
+        """The path by which this process opens a file."""
+        return f"/proc/self/fd/{self.mount}/{file.name}"
+
+    def inflight(self) -> list[tuple[int, int, float]]:
+        """Running reads: (unique, node, seconds since the epoch when it came)."""
+        return [(unique, node, when) for unique, (node, when) in list(self._inflight.items())]
+
+    # Life
+
+    def serve(self, *, resend: bool = False) -> None:
+        """Starts the threads. ``resend``: first have the kernel send again what a dead predecessor took."""
+        if resend:
+            self.resend()
+        for number in range(self._count):
+            thread = threading.Thread(target=self._serve, name=f"blobfs-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def resend(self) -> None:
+        """Asks the kernel to send every unanswered request again."""
+        try:
+            os.write(self.device, _OUT.pack(16, _NOTIFY_RESEND, 0))
+        except OSError as error:
+            log.error("the kernel does not send requests again (%s): some readers may hang", error.strerror)
+
+    def set_readahead(self, kib: int) -> None:
+        """Sets the readahead of the FUSE mount; EROFS mounts made later use it."""
+        number = os.fstat(self.mount).st_dev
+        path = Path(f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb")
+        try:
+            path.write_text(f"{kib}\n")
+        except OSError as error:  # read-only /sys in a container: the kernel's 128 KiB stay
+            log.warning("cannot set the readahead to %d KiB: %s", kib, error)
+
+    def close(self) -> None:
+        """Gives up the descriptors; the connection ends unless another process holds ``/dev/fuse``."""
+        os.close(self.mount)
+        os.close(self.device)
+
+    # Serving
+
+    def _serve(self) -> None:
+        buffer = bytearray(64 << 10)  # requests are small: nothing is written
+        view = memoryview(buffer)
+        while True:
+            try:
+                length = os.readv(self.device, [buffer])
+            except OSError as error:
+                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):  # ENOENT: request was interrupted
+                    continue
+                if error.errno != errno.ENODEV:  # ENODEV: the last mount is gone
+                    log.error("reading FUSE requests: %s", error.strerror)
+                return
+            try:
+                self._handle(view[:length])
+            except Exception:
+                log.exception("defect in serving a FUSE request")
+                with suppress(OSError, struct.error):
+                    self._reply(_IN.unpack_from(view)[2], error=errno.EIO)
+
+    def _handle(self, request: memoryview) -> None:
+        _, opcode, unique, node, *_ = _IN.unpack_from(request)
+        body = request[_IN.size :]
+        if opcode == READ:
+            _, offset, size = _READ_IN.unpack_from(body)
+            self._read(unique, node, offset, size)
+        elif opcode in _SILENT:
+            # An INTERRUPT needs no answer. To fail the read would turn any signal of a living process into
+            # EIO for it, and its bytes are wanted by others anyway; a killed reader does not wait for us.
+            pass
+        elif opcode == LOOKUP:
+            found = self._names.get(bytes(body).rstrip(b"\0")) if node == ROOT else None
+            if found is None:
+                self._reply(unique, error=errno.ENOENT)
+            else:
+                entry = struct.pack("<QQQQII", found, 0, _FOREVER, _FOREVER, 0, 0)
+                self._reply(unique, entry + self._attributes(found))
+        elif opcode == GETATTR:
+            if node == ROOT or node in self._files:
+                self._reply(unique, struct.pack("<QII", _FOREVER, 0, 0) + self._attributes(node))
+            else:
+                self._reply(unique, error=errno.ESTALE)
+        elif opcode == OPEN:
+            self._opened(unique, node)
+        elif opcode == RELEASE:
+            self._reply(unique)
+            self._count_open(node, -1)
+        elif opcode == INIT:
+            self._init(unique, body)
+        elif opcode == STATFS:
+            self._reply(unique, struct.pack("<QQQQQIIII24x", 0, 0, 0, len(self._files), 0, BLOCK, 255, BLOCK, 0))
+        elif opcode == OPENDIR:
+            self._reply(unique, struct.pack("<QII", 0, 0, 0))
+        elif opcode in (FLUSH, RELEASEDIR, READDIR, DESTROY):
+            self._reply(unique)
+        else:
+            self._reply(unique, error=errno.ENOSYS)
+
+    def _reply(self, unique: int, *buffers: Buffer, error: int = 0) -> None:
+        length = _OUT.size + sum(map(len, buffers))
+        try:
+            os.writev(self.device, [_OUT.pack(length, -error, unique), *buffers])
+        except OSError as failure:
+            # ENOENT: the request is gone (its reader was killed); ENODEV: the connection is.
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
+    def _init(self, unique: int, body: memoryview) -> None:
+        if len(body) >= _INIT_IN.size:
+            major, minor, _, low, high = _INIT_IN.unpack_from(body)
+        else:  # before 7.36 there was no second flag word
+            major, minor, _, low = struct.unpack_from("<IIII", body)
+            high = 0
+        flags = ((high << 32 if low & _INIT_EXT else 0) | low) & _WANTED
+        log.debug("FUSE %d.%d, flags %#x", major, minor, flags)
+        # Readahead here is only an upper limit: set_readahead() decides.
+        reply = _INIT_OUT.pack(
+            7, min(minor, 45), 16 << 20, flags & 0xFFFFFFFF, 128, 96,
+            BLOCK, 1, MAX_READ // BLOCK, 0, flags >> 32, 0,
+        )  # fmt: skip
+        self._reply(unique, reply)
+
+    def _attributes(self, node: int) -> bytes:
+        file = self._files.get(node)
+        mode, size = (stat.S_IFREG | 0o400, file.size) if file else (stat.S_IFDIR | 0o500, 0)
+        return _ATTR.pack(node, size, (size + 511) // 512, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, BLOCK, 0)
+
+    def _opened(self, unique: int, node: int) -> None:
+        if node not in self._files:
+            self._reply(unique, error=errno.ESTALE)
+            return
+        # Counted before the answer: a successor must not think that nobody uses the file.
+        self._count_open(node, +1)
+        self._reply(unique, struct.pack("<QII", 0, _FOPEN_KEEP_CACHE, 0))
+
+    def _count_open(self, node: int, change: int) -> None:
+        with self._lock:
+            file = self._files.get(node)
+            if file is None:
+                return
+            file.opens = max(0, file.opens + change)
+        if self._on_change is not None:
+            self._on_change(file)
+
+    def _read(self, unique: int, node: int, offset: int, size: int) -> None:
+        file = self._files.get(node)
+        if file is None:
+            self._reply(unique, error=errno.ESTALE)
+            return
+        size = max(0, min(size, MAX_READ, file.size - offset))
+        if size == 0:
+            self._reply(unique)
+            return
+        began = time.time()
+        self._inflight[unique] = (node, began)
+        source = file.source
+        if source is not None and source.ready(offset, size):
+            self._serve_read(unique, file, offset, size, began)
+            return
+        # It will wait: leave this thread to reads that need not.
+        self._waiting.put((unique, file, offset, size, began))
+        if not self._idle.acquire(blocking=False):
+            with self._lock:
+                grow = self._fetchers < _FETCHERS
+                self._fetchers += grow
+            if grow:
+                threading.Thread(target=self._fetch, name="blobfs-fetch", daemon=True).start()
+
+    def _fetch(self) -> None:
+        while True:
+            unique, file, offset, size, began = self._waiting.get()
+            try:
+                self._serve_read(unique, file, offset, size, began)
+            except Exception:
+                log.exception("defect in serving a FUSE read")
+            if self._waiting.empty():
+                self._idle.release()
+
+    def _serve_read(self, unique: int, file: File, offset: int, size: int, began: float) -> None:
+        problem: Exception | None = None
+        buffers: list[Buffer] = []
+        try:
+            if file.source is None:
+                raise OSError(errno.EIO, "its image could not be opened again")
+            buffers = file.source.read(offset, size)
+            if len(buffers) >= _IOV_MAX:
+                buffers = [b"".join(buffers)]
+            found = sum(map(len, buffers))
+            if found != size:  # a short answer would be zeros to EROFS
+                raise OSError(errno.EIO, f"{found} bytes instead of {size}")
+        except Exception as error:
+            problem = error
+        try:
+            if problem is not None:
+                self._report(file, offset, size, problem)
+                self._reply(unique, error=errno.EIO)
+            else:
+                self._reply(unique, *buffers)
+        finally:
+            self._inflight.pop(unique, None)
+            self._account(size, int((time.time() - began) * 1e6), problem is not None)
+
+    def _report(self, file: File, offset: int, size: int, problem: Exception) -> None:
+        """One log line for a failing range, not one for each of the kernel's attempts."""
+        key, now = (file.label, offset // MAX_READ), time.monotonic()
+        with self._lock:
+            if len(self._reported) > 1000:
+                self._reported = {k: when for k, when in self._reported.items() if now - when < 10}
+            again = now - self._reported.get(key, -10.0) < 10
+            if not again:
+                self._reported[key] = now
+        level = logging.DEBUG if again else logging.ERROR
+        log.log(level, "blob %s at offset %d, %d bytes: %s", file.label, offset, size, problem)
+
+    def _account(self, size: int, microseconds: int, failed: bool) -> None:
+        counters = self.counters
+        with self._lock:
+            counters.reads += 1
+            counters.errors += failed
+            counters.latency_us += microseconds
+            counters.latencies[sum(microseconds > limit for limit in _LATENCY_CLASSES)] += 1
+            if not failed:
+                counters.bytes += size
+                counters.sizes[sum(size >= limit for limit in _SIZE_CLASSES)] += 1
