@@ -1,0 +1,487 @@
+"""Client of the OCI distribution API (and of Docker's registry API V2, its ancestor).
+
+    registry = Registry("127.0.0.1:5000", plain_http=True)
+    repository = registry.repository("demo/app")
+    descriptor, data = repository.manifest("latest")
+
+Everything received is checked: documents and blobs against their digest, ranges against their exact length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import threading
+import time
+from collections.abc import Iterable
+from urllib.parse import quote, urlencode, urlsplit
+
+import urllib3
+
+from nydus.errors import BackendError
+from nydus.oci import model
+from nydus.oci.auth import Credentials
+from nydus.oci.model import Descriptor
+from nydus.oci.reference import DIGEST
+from nydus.oci.transport import REDIRECTS, Policy, Transport
+from nydus.oci.upload import Upload
+
+_ACCEPT = ", ".join([model.OCI_INDEX, model.OCI_MANIFEST, model.DOCKER_INDEX, model.DOCKER_MANIFEST, "*/*"])
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_MAX_HOPS = 5
+_MAX_LOCATIONS = 4096
+_MANIFEST_TIMEOUT = 60.0
+#: A blob stream that broke off is resumed; this much progress forgives the earlier failures.
+_PROGRESS = 1 << 20
+
+
+class Registry:
+    """One registry: its connections and its sign-in, shared by all repositories. Thread-safe.
+
+    Args:
+        host: ``host[:port]``; see :attr:`nydus.oci.reference.Reference.endpoint`.
+        plain_http: speak http instead of https; never chosen by itself.
+        skip_verify: accept any TLS certificate.
+        ca_certs: PEM files trusted besides those of the system.
+        credentials: user and password, or :class:`~nydus.oci.auth.Credentials`; None is anonymous.
+        policy: time limits and retries.
+        proxy: URL of an HTTP proxy, or "".
+        redirect_scheme, redirect_host: put in place of these parts of the addresses blobs are redirected to.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        plain_http: bool = False,
+        skip_verify: bool = False,
+        ca_certs: Iterable[str] = (),
+        credentials: Credentials | tuple[str, str] | None = None,
+        policy: Policy | None = None,
+        proxy: str = "",
+        redirect_scheme: str = "",
+        redirect_host: str = "",
+    ) -> None:
+        if isinstance(credentials, tuple):
+            credentials = Credentials(*credentials)
+        self.host = host
+        self.redirect_scheme, self.redirect_host = redirect_scheme, redirect_host
+        self.transport = Transport(
+            host,
+            plain_http=plain_http,
+            skip_verify=skip_verify,
+            ca_certs=tuple(ca_certs),
+            credentials=credentials,
+            policy=policy,
+            proxy=proxy,
+        )
+
+    def repository(self, name: str) -> Repository:
+        return Repository(self, name)
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Repository:
+    """The images and blobs of one repository. Thread-safe.
+
+    Every method raises :class:`~nydus.errors.BackendError` in the registry's own words.
+    """
+
+    def __init__(self, registry: Registry, name: str) -> None:
+        self.registry, self.name = registry, name
+        self.transport = registry.transport
+        self.pull = f"repository:{name}:pull"
+        self.push = f"repository:{name}:pull,push"
+        self.path = f"/v2/{name}"
+        self._locations: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return f"{self.registry.host}/{self.name}"
+
+    # Documents
+
+    def manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        """Fetches a manifest or index by tag or digest, at most 8 MiB.
+
+        Returns:
+            Its descriptor (digest and size are those of the bytes) and the bytes.
+        """
+        descriptor, data = self.transport.attempt(lambda: self._manifest(reference))
+        return descriptor, data
+
+    def _manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        where = f"{self}{'@' if ':' in reference else ':'}{reference}"
+        response = self.transport.request(
+            "GET",
+            f"{self.path}/manifests/{quote(reference, safe=':')}",
+            self.pull,
+            {"Accept": _ACCEPT},
+            ok=(200,),
+        )
+        data = self.transport.read_all(response, model.MAX_DOCUMENT)
+        media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        wanted = reference if ":" in reference else response.headers.get("Docker-Content-Digest", "")
+        if DIGEST.fullmatch(wanted):
+            found = _digest_of(data, wanted)
+            if found != wanted:
+                raise BackendError(
+                    f"{where}: corrupted manifest: expected {wanted}, found {found}", permanent=True
+                )
+        return model.describe(data, media_type), data
+
+    def has_manifest(self, reference: str) -> bool:
+        """Whether a manifest exists."""
+
+        def ask() -> bool:
+            path = f"{self.path}/manifests/{quote(reference, safe=':')}"
+            response = self.transport.request("HEAD", path, self.pull, {"Accept": _ACCEPT}, ok=(200, 404))
+            self.transport.discard(response)
+            return response.status == 200
+
+        return self.transport.attempt(ask)
+
+    def put_manifest(self, reference: str, data: bytes, media_type: str) -> Descriptor:
+        """Stores a manifest or index under a tag or its digest; all it names must be there before."""
+        described = model.describe(data, media_type)
+
+        def put() -> None:
+            path = f"{self.path}/manifests/{quote(reference, safe=':')}"
+            headers = {"Content-Type": media_type}
+            response = self.transport.request(
+                "PUT", path, self.push, headers, data, ok=(200, 201, 202), read_timeout=_MANIFEST_TIMEOUT
+            )
+            self.transport.discard(response)
+            stored = response.headers.get("Docker-Content-Digest", "")
+            if stored.startswith("sha256:") and stored != described.digest:
+                raise BackendError(
+                    f"{self}: stored {reference} as {stored}, not {described.digest}", permanent=True
+                )
+
+        self.transport.attempt(put)
+        return described
+
+    def document(self, descriptor: Descriptor) -> bytes:
+        """Fetches a small blob whole (an image config), at most 8 MiB."""
+        if descriptor.size > model.MAX_DOCUMENT:
+            raise BackendError(
+                f"{self}: {descriptor.digest} is larger than {model.MAX_DOCUMENT} bytes", permanent=True
+            )
+        with self.blob(descriptor.digest, descriptor.size) as stream:
+            return stream.read(-1)
+
+    def referrers(self, digest: str) -> list[Descriptor]:
+        """What has a manifest as its subject: the referrers API, else the fallback tag, else nothing."""
+
+        def ask() -> bytes | None:
+            path = f"{self.path}/referrers/{digest}"
+            response = self.transport.request(
+                "GET", path, self.pull, {"Accept": model.OCI_INDEX}, ok=(200, 404)
+            )
+            if response.status == 404:
+                self.transport.discard(response)
+                return None
+            return self.transport.read_all(response, model.MAX_DOCUMENT)
+
+        data = self.transport.attempt(ask)
+        if data is None:
+            try:
+                data = self.manifest(digest.replace(":", "-"))[1]
+            except BackendError as error:
+                if error.status == 404:
+                    return []
+                raise
+        return list(model.decode(data, model.Index, f"{self}: referrers of {digest}").manifests)
+
+    # Blobs
+
+    def blob_size(self, digest: str) -> int:
+        """The size of a blob in bytes."""
+        return self.transport.attempt(lambda: self._head(digest))
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether a blob is in this repository."""
+        try:
+            self.blob_size(digest)
+        except BackendError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def _head(self, digest: str) -> int:
+        response = self._follow("HEAD", digest, {}, ok=(200,))
+        length = response.headers.get("Content-Length", "")
+        self.transport.discard(response)
+        if not (length.isascii() and length.isdigit()):
+            raise BackendError(f"{self}: no Content-Length for {digest}", permanent=True)
+        return int(length)
+
+    def blob(self, digest: str, size: int | None = None) -> BlobStream:
+        """Opens a whole blob as a stream that is checked against the digest (and the size) at its end."""
+        return BlobStream(self, digest, size)
+
+    def read_range(self, digest: str, offset: int, length: int) -> bytes:
+        """Reads exactly ``length`` bytes at ``offset`` of a blob; not digest-checked, which ranges cannot be.
+
+        Raises:
+            BackendError: also when the blob is shorter.
+        """
+        return self.transport.attempt(lambda: self._read_range(digest, offset, length))
+
+    def _read_range(self, digest: str, offset: int, length: int) -> bytes:
+        if length <= 0:
+            return b""
+        response = self.open_range(digest, offset, length)
+        data = self.transport.read(response, length, time.monotonic() + self.transport.policy.total)
+        if len(data) != length:
+            response.close()
+            raise BackendError(
+                f"{self}: {digest}: expected {length} bytes at offset {offset}, got {len(data)}"
+            )
+        if response.status == 200:
+            response.close()  # the rest of the blob is still on its way
+        else:
+            response.release_conn()
+        return data
+
+    def open_range(self, digest: str, offset: int, length: int | None) -> urllib3.BaseHTTPResponse:
+        """Asks for a range once and returns an answer whose body starts at ``offset``.
+
+        A registry that does not know ranges sends the whole blob (status 200); what lies before ``offset`` is
+        then read and dropped.
+
+        Args:
+            length: None is up to the end of the blob.
+        """
+        last = "" if length is None else offset + length - 1
+        headers = {} if offset == 0 and length is None else {"Range": f"bytes={offset}-{last}"}
+        response = self._follow("GET", digest, headers, ok=(200, 206))
+        if response.status == 200:
+            try:
+                left = offset
+                while left:
+                    piece = self.transport.read(response, min(left, 1 << 20))
+                    if not piece:
+                        raise BackendError(f"{self}: {digest} ends before offset {offset}", permanent=True)
+                    left -= len(piece)
+            except BackendError:
+                response.close()
+                raise
+            return response
+        text = response.headers.get("Content-Range", "")
+        match = _CONTENT_RANGE.fullmatch(text.strip())
+        if (
+            not match
+            or int(match[1]) != offset
+            or (length is not None and int(match[2]) != offset + length - 1)
+        ):
+            response.close()
+            permanent = bool(
+                match and match[3] != "*" and length is not None and int(match[3]) < offset + length
+            )
+            asked = f"bytes {offset}-{last}"
+            raise BackendError(
+                f"{self}: {digest}: asked for {asked}, answered {text[:80]!r}", permanent=permanent
+            )
+        return response
+
+    def _follow(
+        self, method: str, digest: str, headers: dict[str, str], ok: tuple[int, ...]
+    ) -> urllib3.BaseHTTPResponse:
+        """Sends a blob request, following redirects; where a blob was found is kept for the next one."""
+        transport = self.transport
+        key = f"{method} {digest}"
+        if known := self._locations.get(key):
+            response = transport.send(method, known, headers)
+            if response.status in ok:
+                return response
+            if not 400 <= response.status < 500 or response.status in (408, 416, 429):
+                raise transport.refusal(response, method, known)
+            # A signed address has expired, most likely: ask the registry for a new one.
+            transport.discard(response)
+            self._locations.pop(key, None)
+        url = f"{transport.base}{self.path}/blobs/{digest}"
+        response = transport.request(method, url, self.pull, headers, ok={*ok, *REDIRECTS})
+        for _ in range(_MAX_HOPS):
+            if response.status not in REDIRECTS:
+                return response
+            transport.discard(response)
+            url = self._rewrite(transport.url(url, response.headers.get("Location", "")))
+            if transport.at_home(url):
+                response = transport.request(method, url, self.pull, headers, ok={*ok, *REDIRECTS})
+                continue
+            response = transport.send(method, url, headers)
+            if response.status in ok:
+                if len(self._locations) >= _MAX_LOCATIONS:
+                    self._locations.clear()
+                self._locations[key] = url
+            elif response.status not in REDIRECTS:
+                raise transport.refusal(response, method, url)
+        transport.discard(response)
+        raise BackendError(f"{self}: {digest}: more than {_MAX_HOPS} redirects", permanent=True)
+
+    def _rewrite(self, url: str) -> str:
+        parts = urlsplit(url)
+        if self.registry.redirect_scheme:
+            parts = parts._replace(scheme=self.registry.redirect_scheme)
+        if self.registry.redirect_host:
+            parts = parts._replace(netloc=self.registry.redirect_host)
+        return parts.geturl()
+
+    def mount_blob(self, digest: str, source: str) -> bool:
+        """Links a blob of another repository of this registry into this one; False if it cannot be done."""
+        scope = f"{self.push} repository:{source}:pull"
+
+        def mount() -> bool:
+            query = urlencode({"mount": digest, "from": source})
+            try:
+                response = self.transport.request(
+                    "POST",
+                    f"{self.path}/blobs/uploads/?{query}",
+                    scope,
+                    {"Content-Length": "0"},
+                    ok=(201, 202),
+                )
+            except BackendError as error:
+                if error.status in (400, 401, 403, 404, 405):
+                    return False
+                raise
+            self.transport.discard(response)
+            if response.status == 202:  # an ordinary upload was begun instead
+                self.abandon(
+                    self.transport.url(self.transport.base + self.path, response.headers.get("Location", ""))
+                )
+            return response.status == 201
+
+        return self.transport.attempt(mount)
+
+    def upload(self) -> Upload:
+        """Begins an upload whose digest is known only at its end."""
+        return Upload(self)
+
+    def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor:
+        """Stores a small blob unless it is there."""
+        described = model.describe(data, media_type, **more)
+        if not self.has_blob(described.digest):
+            with self.upload() as upload:
+                upload.write(data)
+                upload.commit(described.digest)
+        return described
+
+    def abandon(self, location: str) -> None:
+        """Tells the registry that an upload will not be finished; does not matter if it fails."""
+        with contextlib.suppress(BackendError):
+            self.transport.discard(self.transport.request("DELETE", location, self.push, ok=range(200, 600)))
+
+
+class BlobStream(io.RawIOBase):
+    """A blob read from its start to its end, checked at the end.
+
+    ``read(n)`` gives exactly n bytes until the end is near. A connection that breaks is made again there.
+
+    Raises:
+        BackendError: permanent if digest or size are wrong.
+    """
+
+    def __init__(self, repository: Repository, digest: str, size: int | None) -> None:
+        super().__init__()
+        self._repository, self._digest, self._size = repository, digest, size
+        self._hash = hashlib.new(digest.partition(":")[0])
+        self._position = 0
+        self._ended = False
+        self._failures, self._forgiven = 0, 0
+        self._response: urllib3.BaseHTTPResponse | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read(-1)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(1 << 20), b""))
+        pieces: list[bytes] = []
+        with self._lock:
+            while size and not self._ended:
+                piece = self._next(size)
+                pieces.append(piece)
+                size -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _next(self, size: int) -> bytes:
+        transport = self._repository.transport
+        while True:
+            try:
+                if self._response is None:
+                    self._response = self._repository.open_range(self._digest, self._position, None)
+                piece = transport.read(self._response, size)
+                if not piece and self._size is not None and self._position < self._size:
+                    where = f"{self._repository}: {self._digest}"
+                    raise BackendError(f"{where}: truncated: {self._position} of {self._size} bytes")
+                break
+            except BackendError as error:
+                self._drop()
+                if self._position - self._forgiven >= _PROGRESS:
+                    self._failures, self._forgiven = 0, self._position
+                self._failures += 1
+                if error.permanent or self._failures >= transport.policy.attempts:
+                    raise
+                time.sleep(transport.policy.pause * 2 ** (self._failures - 1))
+        self._hash.update(piece)
+        self._position += len(piece)
+        if self._size is not None and self._position > self._size:
+            self._drop()
+            raise BackendError(
+                f"{self._repository}: {self._digest} is larger than {self._size} bytes", permanent=True
+            )
+        if not piece:
+            self._finish()
+        return piece
+
+    def _finish(self) -> None:
+        self._ended = True
+        if self._response is not None:
+            self._response.release_conn()
+            self._response = None
+        found = f"{self._digest.partition(':')[0]}:{self._hash.hexdigest()}"
+        if found != self._digest:
+            raise BackendError(
+                f"{self._repository}: corrupted blob: expected {self._digest}, found {found}", permanent=True
+            )
+
+    def _drop(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+
+def _digest_of(data: bytes, like: str) -> str:
+    algorithm = like.partition(":")[0]
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"

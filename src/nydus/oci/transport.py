@@ -1,0 +1,388 @@
+"""HTTP to one registry: pooled connections, sign-in, time limits, retries, one clear error per failure."""
+
+from __future__ import annotations
+
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import IO, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NameResolutionError,
+    NewConnectionError,
+    ProxyError,
+    SSLError,
+    TimeoutError,
+)
+
+from nydus import __version__
+from nydus.errors import BackendError
+from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenges
+
+T = TypeVar("T")
+Body = bytes | IO[bytes] | Iterable[bytes] | None
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
+_ERROR_BODY = 64 << 10
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How long one operation may take, and how often it is tried; times in seconds.
+
+    Attributes:
+        connect_timeout: for a connection, TLS included.
+        read_timeout: between two pieces of an answer.
+        attempts: how often an operation is tried at most.
+        pause: before the second attempt; doubles each time, and the registry's Retry-After goes before it.
+        total: of one operation with all of its attempts (the time to stream a whole blob does not count).
+    """
+
+    connect_timeout: float = 5.0
+    read_timeout: float = 15.0
+    attempts: int = 4
+    pause: float = 0.2
+    total: float = 60.0
+
+
+class _Busy(BackendError):
+    """A failure with the time after which the registry wants to be asked again."""
+
+    retry_after: float = 0.0
+
+
+class Transport:
+    """The connections to one registry. Thread-safe; must not be carried over a fork.
+
+    Args:
+        host: ``host[:port]`` of the registry.
+        plain_http: speak http. There is no other way to make it do so.
+        skip_verify: accept any TLS certificate.
+        ca_certs: PEM files trusted besides those of the system.
+        credentials: sent only to ``host`` and its token server, and only when asked for.
+        proxy: URL of an HTTP proxy, or "".
+    """
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        plain_http: bool = False,
+        skip_verify: bool = False,
+        ca_certs: Iterable[str] = (),
+        credentials: Credentials | None = None,
+        policy: Policy | None = None,
+        proxy: str = "",
+    ) -> None:
+        self.host = host
+        self.policy = policy or Policy()
+        self.base = f"{'http' if plain_http else 'https'}://{host}"
+        self.plain_http = plain_http
+        options: dict[str, object] = {"num_pools": 16, "maxsize": 32, "retries": False}
+        if not plain_http or skip_verify or ca_certs:
+            options["ssl_context"] = _tls(skip_verify, ca_certs)
+        if skip_verify:
+            options["assert_hostname"] = False
+        manager = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)  # type: ignore[arg-type]
+        self._pool: urllib3.PoolManager = manager
+        self._authorizer = Authorizer(host, credentials, self._send_token_request, allow_http=plain_http)
+        # The first request finds out what sign-in the registry wants; the others wait for it rather than
+        # all being refused at once.
+        self._greeted = False
+        self._greeting = threading.Lock()
+
+    def close(self) -> None:
+        self._pool.clear()
+
+    def url(self, base: str, location: str) -> str:
+        """Resolves a Location header.
+
+        A registry behind a TLS proxy may answer with its own inner http address: on the same host that is
+        read as https. Going down to http on another host is refused.
+
+        Raises:
+            BackendError: no location, not http(s), or a downgrade.
+        """
+        found = urljoin(base, location)
+        parts = urlsplit(found)
+        if not location or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BackendError(f"{self.host}: bad redirect to {location[:200]!r}", permanent=True)
+        if parts.scheme == "http" and urlsplit(base).scheme == "https":
+            if parts.hostname == urlsplit(base).hostname and parts.port in (None, 80, urlsplit(base).port):
+                port = f":{urlsplit(base).port}" if urlsplit(base).port else ""
+                return parts._replace(scheme="https", netloc=f"{parts.hostname}{port}").geturl()
+            raise BackendError(
+                f"{self.host}: refused a redirect from https to {parts.netloc} over http", permanent=True
+            )
+        return found
+
+    def at_home(self, url: str) -> bool:
+        """Whether a URL is the registry's own, so that credentials may be sent there."""
+        mine, other = urlsplit(self.base), urlsplit(url)
+        return (mine.scheme, mine.hostname, mine.port) == (other.scheme, other.hostname, other.port)
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body = None,
+        *,
+        read_timeout: float | None = None,
+        streaming: bool = False,
+    ) -> urllib3.BaseHTTPResponse:
+        """Sends one request as it is and returns the answer with its body unread.
+
+        Raises:
+            BackendError: there was no answer.
+        """
+        wait = read_timeout or self.policy.read_timeout
+        # urllib3 uses the connect timeout for sending the body too.
+        timeout = urllib3.Timeout(connect=wait if streaming else self.policy.connect_timeout, read=wait)
+        sent = {"User-Agent": f"pynydus/{__version__}", **headers}
+        try:
+            return self._pool.request(
+                method,
+                url,
+                headers=sent,
+                body=body,
+                timeout=timeout,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+                chunked=streaming,
+            )
+        except (HTTPError, OSError) as error:
+            raise self.failure(error, url) from error
+        except (ValueError, UnicodeError) as error:  # what urllib3 says of a URL that cannot be one
+            raise BackendError(f"{self.host}: bad address {url[:200]!r}: {error}", permanent=True) from error
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        scope: str,
+        headers: Mapping[str, str] | None = None,
+        body: Body = None,
+        *,
+        ok: Iterable[int],
+        read_timeout: float | None = None,
+        streaming: bool = False,
+    ) -> urllib3.BaseHTTPResponse:
+        """Sends one request to the registry, signed in as it asks for.
+
+        Args:
+            url: absolute, or a path that starts with ``/``.
+            scope: what a token must allow, e.g. ``repository:app:pull``.
+            ok: the statuses that are no error.
+            streaming: ``body`` is an iterator that can be sent only once.
+
+        Raises:
+            BackendError: no answer, or another status; it quotes the registry.
+        """
+        if not self._greeted and not streaming:
+            with self._greeting:
+                if not self._greeted:
+                    try:
+                        return self._request(method, url, scope, headers, body, ok, read_timeout, streaming)
+                    finally:
+                        self._greeted = True
+        return self._request(method, url, scope, headers, body, ok, read_timeout, streaming)
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        scope: str,
+        headers: Mapping[str, str] | None,
+        body: Body,
+        ok: Iterable[int],
+        read_timeout: float | None,
+        streaming: bool,
+    ) -> urllib3.BaseHTTPResponse:
+        if url.startswith("/"):
+            url = self.base + url
+        refused = 0
+        while True:
+            sent = self._authorizer.header(scope) if self.at_home(url) else None
+            signed = {**(headers or {}), **({"Authorization": sent} if sent else {})}
+            response = self.send(method, url, signed, body, read_timeout=read_timeout, streaming=streaming)
+            if response.status == 401 and refused < 2 and not streaming and self.at_home(url):
+                challenges = parse_challenges(response.headers.getlist("WWW-Authenticate"))
+                refused += 1
+                if self._authorizer.challenged(challenges, scope, sent):
+                    self.discard(response)
+                    continue
+            if response.status not in ok:
+                raise self.refusal(response, method, url)
+            return response
+
+    def attempt(self, operation: Callable[[], T]) -> T:
+        """Calls an operation again while it fails in a way that may pass, within the limits of the policy.
+
+        Raises:
+            BackendError: the last failure.
+        """
+        deadline = time.monotonic() + self.policy.total
+        for tried in range(1, self.policy.attempts + 1):
+            try:
+                return operation()
+            except BackendError as error:
+                if error.permanent or tried == self.policy.attempts:
+                    raise
+                asked = error.retry_after if isinstance(error, _Busy) else 0.0
+                pause = asked or self.policy.pause * 2 ** (tried - 1) * random.uniform(0.75, 1.25)
+                if time.monotonic() + pause > deadline:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def read(self, response: urllib3.BaseHTTPResponse, size: int, deadline: float = float("inf")) -> bytes:
+        """Reads ``size`` bytes of a body, fewer where it ends before.
+
+        Raises:
+            BackendError: the connection broke, or the deadline (of ``time.monotonic``) passed.
+        """
+        pieces: list[bytes] = []
+        left = size
+        try:
+            while left:
+                piece = response.read1(min(left, _PIECE), decode_content=False)
+                if not piece:
+                    break
+                pieces.append(piece)
+                left -= len(piece)
+                if time.monotonic() > deadline:
+                    raise BackendError(f"{self.host}: answered too slowly, gave up after {size - left} bytes")
+        except (HTTPError, OSError) as error:
+            response.close()
+            raise self.failure(error, response.url or "") from error
+        except BackendError:
+            response.close()
+            raise
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_all(self, response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
+        """Reads a whole small body and gives the connection back.
+
+        Raises:
+            BackendError: it is larger than ``limit`` bytes, or the connection broke.
+        """
+        data = self.read(response, limit + 1, time.monotonic() + self.policy.total)
+        if len(data) > limit:
+            response.close()
+            raise BackendError(f"{self.host}: the answer is larger than {limit} bytes", permanent=True)
+        response.release_conn()
+        return data
+
+    def discard(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Drops a body; the connection is kept if that costs little."""
+        length = response.headers.get("Content-Length", "")
+        if length.isascii() and length.isdigit() and int(length) <= _ERROR_BODY:
+            try:
+                response.drain_conn()
+                return
+            except (HTTPError, OSError):
+                pass
+        response.close()
+
+    def refusal(self, response: urllib3.BaseHTTPResponse, method: str, url: str) -> BackendError:
+        """The error for an answer with a bad status, in the registry's own words; drops the answer."""
+        try:
+            body = self.read(response, _ERROR_BODY, time.monotonic() + self.policy.read_timeout)
+        except BackendError:
+            body = b""
+        response.close()
+        status = response.status
+        parts = urlsplit(url)
+        words = error_words(body) or response.reason or ""
+        hint = ""
+        if status == 401:
+            hint = "; log in with `docker login`, or check the repository name"
+        message = f"{parts.netloc}: {method} {_shorten(parts.path)}: {status} {words}{hint}".rstrip()
+        if status in _TOO_MANY:
+            busy = _Busy(message, status=status)
+            busy.retry_after = _retry_after(response.headers.get("Retry-After", ""))
+            return busy
+        return BackendError(message, permanent=400 <= status < 500 or status < 300, status=status)
+
+    def failure(self, error: Exception, url: str) -> BackendError:
+        """The error for a request without an answer."""
+        host = urlsplit(url).netloc or self.host
+        if isinstance(error, ProxyError):
+            return BackendError(f"{host}: the proxy failed: {error.original_error}")
+        if isinstance(error, NameResolutionError):
+            return BackendError(f"{host}: unknown host name")
+        if isinstance(error, SSLError | ssl.SSLError):
+            text = str(error)
+            if isinstance(error, SSLError) and error.args:
+                text = str(error.args[0])
+            lowered = text.lower()
+            if "wrong_version" in lowered or "wrong version" in lowered or "record layer" in lowered:
+                return BackendError(
+                    f"{host}: does not speak TLS; is it a plain http registry? (--plain-http)", permanent=True
+                )
+            if "certificate" in lowered:
+                reason = re.sub(r".*certificate verify failed: ?", "", text).split(" (_ssl")[0]
+                return BackendError(f"{host}: its TLS certificate is not trusted: {reason}", permanent=True)
+            return BackendError(f"{host}: TLS failed: {text}")
+        if isinstance(error, NewConnectionError):
+            cause = error.__cause__ or error.__context__
+            reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else str(error)
+            return BackendError(f"{host}: cannot connect: {reason}")
+        if isinstance(error, ConnectTimeoutError):
+            return BackendError(f"{host}: no connection within {self.policy.connect_timeout:g} s")
+        if isinstance(error, TimeoutError):
+            return BackendError(f"{host}: no answer within {self.policy.read_timeout:g} s")
+        return BackendError(f"{host}: the connection broke: {_reason(error)}")
+
+    def _send_token_request(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | None
+    ) -> tuple[int, bytes]:
+        response = self.send(method, url, headers, body)
+        return response.status, self.read_all(response, 1 << 20)
+
+
+def _reason(error: BaseException) -> str:
+    inner = error.args[-1] if error.args and isinstance(error.args[-1], BaseException) else None
+    return _reason(inner) if inner else (str(error) or type(error).__name__)
+
+
+def _shorten(path: str) -> str:
+    return re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]{52}", r"\1…", path)
+
+
+def _retry_after(value: str) -> float:
+    """Seconds of a Retry-After header, 0 if there is none."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _tls(skip_verify: bool, ca_certs: Iterable[str]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    for path in ca_certs:
+        try:
+            context.load_verify_locations(cafile=path)
+        except (OSError, ssl.SSLError) as error:
+            raise BackendError(f"{path}: not a usable CA certificate: {error}", permanent=True) from error
+    if skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

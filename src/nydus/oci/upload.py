@@ -1,0 +1,179 @@
+"""The upload of a blob while it is being made."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nydus.errors import BackendError
+
+if TYPE_CHECKING:
+    from nydus.oci.registry import Repository
+
+#: A blob up to this size is sent in one request, which can be repeated if it fails.
+_WHOLE = 4 << 20
+_PIECE = 256 << 10
+_PIECES_WAITING = 16
+_STALL = 60.0
+#: A registry may need long to check the digest of a large blob.
+_COMMIT = 300.0
+
+
+class Upload:
+    """A blob on its way to a registry. ``write`` blocks while the network is slower than the writer.
+
+    Leave it by :meth:`commit`; leaving the context in another way tells the registry to forget it::
+
+        with repository.upload() as upload:
+            upload.write(data)
+            upload.commit(digest)
+
+    A large blob goes as one streamed request (what Docker does, so what every registry knows); it cannot be
+    sent again from the middle, so a failure there is an error that the maker of the blob may retry.
+
+    Attributes:
+        sent: bytes the connection has taken so far.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository, self._transport = repository, repository.transport
+        self._held: list[bytes] = []
+        self._size = 0
+        self._location = ""
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_PIECES_WAITING)
+        self._sender: threading.Thread | None = None
+        self._failure: BackendError | None = None
+        self._cancelled = False
+        self._finished = False
+        self.sent = 0
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._finished:
+            self.cancel()
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes to the blob.
+
+        Raises:
+            BackendError: the upload has failed.
+        """
+        self._held.append(bytes(data))
+        self._size += len(data)
+        if self._sender is None and self._size > _WHOLE:
+            self._location = self._begin()
+            self._sender = threading.Thread(target=self._stream, name="upload", daemon=True)
+            self._sender.start()
+        if self._sender is not None:
+            self._hand_over(_PIECE)
+
+    def commit(self, digest: str) -> None:
+        """Ends the blob; when this returns the registry has it and has checked it.
+
+        Raises:
+            BackendError: it was refused, or the upload had failed.
+        """
+        if self._sender is None:
+            body = b"".join(self._held)
+            self._transport.attempt(lambda: self._put(self._begin(), digest, body))
+        else:
+            self._hand_over(0)
+            self._offer(None)
+            self._sender.join()
+            if self._failure:
+                raise self._failure
+            self._transport.attempt(lambda: self._put(self._location, digest, b""))
+        self._finished = True
+
+    def cancel(self) -> None:
+        """Stops sending and has the registry drop what it got."""
+        self._finished = self._cancelled = True
+        if self._sender is not None:
+            self._offer(None)
+            self._sender.join()
+        if self._location:
+            self._repository.abandon(self._location)
+
+    def _begin(self) -> str:
+        def post() -> str:
+            path = f"{self._repository.path}/blobs/uploads/"
+            headers = {"Content-Length": "0"}
+            response = self._transport.request("POST", path, self._repository.push, headers, ok=(201, 202))
+            self._transport.discard(response)
+            return self._transport.url(self._transport.base + path, response.headers.get("Location", ""))
+
+        return self._transport.attempt(post)
+
+    def _hand_over(self, least: int) -> None:
+        if sum(map(len, self._held)) > least:
+            self._offer(b"".join(self._held))
+            self._held.clear()
+
+    def _offer(self, piece: bytes | None) -> None:
+        """Gives a piece to the sender, or raises what it died of."""
+        while True:
+            if self._failure and not self._cancelled:
+                raise self._failure
+            try:
+                self._queue.put(piece, timeout=0.2)
+                return
+            except queue.Full:
+                if self._sender is not None and not self._sender.is_alive():
+                    if self._cancelled:
+                        return
+                    raise self._failure or BackendError(f"{self._repository}: the upload stopped") from None
+
+    def _stream(self) -> None:
+        try:
+            headers = {"Content-Type": "application/octet-stream"}
+            response = self._transport.request(
+                "PATCH",
+                self._location,
+                self._repository.push,
+                headers,
+                self._pieces(),
+                ok=(201, 202, 204),
+                read_timeout=_STALL,
+                streaming=True,
+            )
+            self._transport.discard(response)
+            location = response.headers.get("Location", "")
+            if location:
+                self._location = self._transport.url(self._location, location)
+        except BackendError as error:
+            self._failure = error
+        except _Cancelled:
+            pass
+
+    def _pieces(self) -> Iterator[bytes]:
+        while (piece := self._queue.get()) is not None:
+            if self._cancelled:
+                break
+            yield piece
+            self.sent += len(piece)
+        if self._cancelled:
+            raise _Cancelled  # breaks the connection, so that the registry sees no complete request
+
+    def _put(self, location: str, digest: str, body: bytes) -> None:
+        self._location = location
+        url = f"{location}{'&' if '?' in location else '?'}digest={digest}"
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(body))}
+        try:
+            response = self._transport.request(
+                "PUT", url, self._repository.push, headers, body, ok=(200, 201, 204), read_timeout=_COMMIT
+            )
+        except BackendError as error:
+            # The answer to an earlier attempt may have been lost after the registry took the blob.
+            if error.status == 404 and self._repository.has_blob(digest):
+                return
+            raise
+        self._transport.discard(response)
+        self.sent = self._size
+
+
+class _Cancelled(Exception):
+    """Ends a streamed request from within its body."""
