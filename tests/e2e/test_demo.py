@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nydus.demo.image import DemoImage, build
+from nydus.demo.image import COMMAND, ENV, DemoImage, build
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_image_runs_in_a_chroot(image: DemoImage, tmp_path: Path) -> None:
         with tarfile.open(image.layout / "blobs" / "sha256" / layer.digest[7:]) as tar:
             tar.extractall(tmp_path, filter="tar")
     done = subprocess.run(
-        ["/usr/sbin/chroot", str(tmp_path), *image.command],
-        env=dict(entry.split("=", 1) for entry in image.env),
+        ["/usr/sbin/chroot", str(tmp_path), *COMMAND],
+        env=dict(entry.split("=", 1) for entry in ENV),
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,10 +12,10 @@ from nydus.cli.lazy import LazyGroup, run
     cls=LazyGroup,
     commands_in={
         "demo": (
-            "nydus.cli.demo:command",
+            "nydus.cli.demo:demo",
             "Run the main job end to end and compare it with the ordinary way.",
         ),
-        "registry": ("nydus.cli.registry:command", "Serve a folder as an OCI registry."),
+        "registry": ("nydus.cli.registry:registry", "Serve a folder as an OCI registry."),
     },
 )
 @click.version_option(__version__, prog_name="nydus")

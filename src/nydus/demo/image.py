@@ -80,14 +80,11 @@ class DemoImage:
     Attributes:
         layout: folder of the layout; its only manifest is tagged ``latest``.
         manifest: digest of the manifest.
-        command, env: what the image runs.
     """
 
     layout: Path
     manifest: str
     layers: list[Layer]
-    command: tuple[str, ...] = COMMAND
-    env: tuple[str, ...] = ENV
 
     @property
     def size(self) -> int:

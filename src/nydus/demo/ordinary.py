@@ -1,7 +1,7 @@
 """The ordinary way to a container: pull every layer, unpack every layer.
 
-A process of its own (``python -m nydus.demo.ordinary``), so that it does not share an interpreter with the
-registry it pulls from. It says ``ready`` once it is imported, reads one job as a line of JSON and answers in JSON.
+A process of its own (``python -m nydus.demo.ordinary``), so that it does not share an interpreter with
+the registry it pulls from. It says ``ready`` once it is imported and then does one job, given as JSON.
 """
 
 from __future__ import annotations

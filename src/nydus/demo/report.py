@@ -28,6 +28,7 @@ class Measurement:
         fetched, requests: bytes of bodies and number of requests that the registry answered.
         disk: bytes of file system blocks in use afterwards.
         samples: seconds since the start and bytes fetched by then, ascending.
+        output: what the program printed.
     """
 
     way: str
@@ -38,6 +39,7 @@ class Measurement:
     requests: int
     disk: int
     samples: Sequence[tuple[float, int]] = ()
+    output: str = ""
 
 
 def megabytes(size: float) -> str:
@@ -51,9 +53,9 @@ def seconds(time: float) -> str:
 def table(measurements: Sequence[Measurement], title: str) -> Table:
     """One row for each measurement."""
     result = Table(title=title, title_justify="left", title_style="bold")
-    result.add_column("link")
-    result.add_column("way")
-    for name in ("root file system ready", "first output", "bytes moved", "requests", "disk used"):
+    result.add_column("link", no_wrap=True)
+    result.add_column("way", no_wrap=True)
+    for name in ("root ready", "first output", "bytes moved", "requests", "disk used"):
         result.add_column(name, justify="right")
     previous = None
     for one in measurements:
