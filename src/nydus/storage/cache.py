@@ -1,0 +1,735 @@
+"""The cache of one blob: a device that seems complete, filled with verified chunks as they are read."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nydus.errors import BackendError, FormatError, NydusError
+from nydus.rafs import blobmeta
+from nydus.rafs.blobmeta import ChunkMap
+from nydus.rafs.model import BlobFeature, BlobInfo
+from nydus.storage.backend import Backend
+from nydus.storage.decode import Decoder
+from nydus.storage.flusher import DIRTY_BYTES, flusher
+from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, Store, write_aside
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | memoryview
+
+BLOCK = 4096
+#: Requests of one reader that run at the same time.
+_PARALLEL = 4
+#: Lists of more buffers than this are joined: the kernel takes 1024 in one call.
+_MAX_BUFFERS = 256
+_ZEROS = bytes(BLOCK)
+
+
+class _Flight:
+    """Units that are being fetched in one request. ``done`` is set once, whatever happens."""
+
+    __slots__ = ("data", "demanded", "done", "errors", "units")
+
+    def __init__(self, units: list[int], demanded: set[int]) -> None:
+        self.units = units
+        self.demanded = demanded  # the others are only there because they lie beside them
+        self.data: dict[int, Buffer] = {}
+        self.errors: dict[int, NydusError] = {}
+        self.done = threading.Event()
+
+
+@dataclass(slots=True)
+class _Opened:
+    """What exists once the chunk table is known."""
+
+    chunks: ChunkMap
+    decoder: Decoder
+    store: Store
+    starts: array[int]
+    states: bytearray
+    from_files: bool
+    #: State of each chunk after it was placed.
+    placed: npt.NDArray[np.uint8] = field(repr=False)
+    #: Chunks that somebody may want. In a merged image a blob has chunks that no file uses any more: their
+    #: digests are not known, and they are only read where they are asked for.
+    wanted: npt.NDArray[np.bool_] = field(repr=False)
+
+    def rows(self, offset: int, end: int) -> tuple[int, int]:
+        """The run of chunks that overlap a range."""
+        first = bisect_right(self.starts, offset) - 1
+        if first < 0 or self.starts[first] + int(self.chunks.usize[first]) <= offset:
+            first += 1
+        return first, bisect_left(self.starts, end, lo=first)
+
+    def missing(self) -> int:
+        """How many chunks are not in the cache."""
+        states = np.frombuffer(self.states, np.uint8)
+        return int(((states == MISSING) & self.wanted).sum())
+
+    def verified(self) -> bool:
+        """Whether all chunks are in the cache and have been checked."""
+        states = np.frombuffer(self.states, np.uint8)
+        return bool(((states == READY) & self.decoder.verifiable)[self.wanted].all())
+
+
+class BlobCache:
+    """Random access to the uncompressed bytes of a blob; thread-safe.
+
+    A chunk is fetched once however many readers wait for it, is checked against its digest (or checksum)
+    before anybody sees it, and is then placed in a sparse file. A fetch that fails wakes all its readers with
+    the error and leaves nothing behind: the next read tries again.
+
+    Args:
+        work_dir: cache directory, see :class:`~nydus.storage.store.Store`.
+        blob: the bootstrap's entry of the blob.
+        chunks: its chunk table, or a function that gets it; None reads ``blob.meta`` from the cache directory
+            or the backend when the first byte is wanted.
+        backend: where stored bytes come from.
+        digests: adds what the bootstrap knows of the chunks to their table, once and late:
+            ``lambda chunks: chunks.set_digests(v6.read_chunk_table(data, head), blob_index)``. A plain blob
+            has no digests of its own, and its chunks cannot be verified without.
+        amplify: a request is extended with following missing chunks up to this many stored bytes.
+        validate: check the digest of a chunk on every read from the cache, not only the first time.
+        meta_id: name of the blob that holds ``blob.meta``, where that is not said by ``blob`` itself.
+        attempts: how often a read of the backend is tried.
+        deadline: seconds after which no further attempt is started, and no reader waits any more. With a
+            backend that gives up after ``timeout`` seconds an error takes ``deadline + timeout`` at most.
+
+    Errors of all methods are NydusError: BackendError when bytes cannot be had or are wrong, CacheError when
+    the cache directory cannot be used, FormatError for a corrupt chunk table.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path,
+        blob: BlobInfo,
+        chunks: ChunkMap | Callable[[], ChunkMap] | None,
+        backend: Backend,
+        *,
+        digests: Callable[[ChunkMap], None] | None = None,
+        amplify: int = 1 << 20,
+        validate: bool = False,
+        meta_id: str = "",
+        attempts: int = 3,
+        deadline: float = 20.0,
+    ) -> None:
+        if "/" in blob.id or "\0" in blob.id or blob.id.startswith(".") or not 0 < len(blob.id) <= 200:
+            raise FormatError("invalid blob id", found=blob.id)
+        self.work_dir = Path(work_dir)
+        self.blob = blob
+        self._chunks, self._digests = chunks, digests
+        self._backend = backend
+        self._amplify = amplify
+        self._validate = validate
+        self._meta_id = meta_id
+        self._attempts = attempts
+        self._deadline = deadline
+        #: Device length: whole blocks, at least the uncompressed blob.
+        self.length = -(-blob.uncompressed_size // BLOCK) * BLOCK
+        self._lock = threading.Lock()
+        self._opened: _Opened | None = None
+        self._opening: _Flight | None = None
+        self._flights: dict[int, _Flight] = {}
+        self._closing = threading.Event()
+        self._flush_lock = threading.Lock()
+        self._dirty: list[int] = []
+        self._dirty_bytes = 0
+        self._wrong: list[int] = []
+        self._unsealed = False
+        self._no_space_until = 0.0
+        self._demand = 0
+        self._last_demand = 0.0
+        self._count_lock = threading.Lock()
+        self._reads = self._whole = self._partial = self._prefetched = self._prefetches = 0
+
+    def read(self, offset: int, length: int) -> list[Buffer]:
+        """The bytes of a range as buffers to send one after the other; fewer only at the device's end.
+
+        Bytes that no chunk covers are zeros.
+        """
+        opened = self._opened or self._open()
+        end = min(offset + length, self.length)
+        if offset < 0 or length < 0:
+            raise ValueError(f"invalid range {offset}+{length}")
+        if end <= offset:
+            return []
+        first, last = opened.rows(offset, end)
+        if opened.states.count(READY, first, last) == last - first:
+            with self._count_lock:
+                self._reads += 1
+                self._whole += 1
+            return [opened.store.read(offset, end - offset)]
+        missing = opened.states.count(MISSING, first, last)
+        with self._count_lock:
+            self._reads += 1
+            self._partial += 0 < missing < last - first
+            self._whole += not missing
+            self._demand += 1
+        try:
+            got = self._gather(opened, first, last)
+        finally:
+            with self._count_lock:
+                self._demand -= 1
+                self._last_demand = time.monotonic()
+        return _assemble(opened, got, offset, end, first, last)
+
+    def fill(self, offset: int, length: int) -> int:
+        """Make a range ready without giving its bytes, and without keeping readers from their turn.
+
+        Returns:
+            the number of stored bytes that had to be fetched.
+        """
+        opened = self._opened or self._open()
+        first, last = opened.rows(max(offset, 0), min(offset + length, self.length))
+        missing = [row for row in range(first, last) if opened.states[row] == MISSING and opened.wanted[row]]
+        if opened.states.count(READY, first, last) == last - first:
+            return 0
+        self._gather(opened, first, last, prefetch=True)
+        units = np.unique(opened.decoder.unit_of[missing])
+        fetched = int(opened.decoder.size[units].sum())
+        with self._count_lock:
+            self._prefetched += fetched
+            self._prefetches += 1
+        return fetched
+
+    def ready(self, offset: int, length: int) -> bool:
+        """Whether a read of this range needs neither the backend nor a check. Never blocks on the backend."""
+        opened = self._opened
+        if opened is None:
+            return False
+        first, last = opened.rows(max(offset, 0), min(offset + length, self.length))
+        return opened.states.count(READY, first, last) == last - first
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk that a file uses is in the cache, checked or not. Never blocks on the backend."""
+        opened = self._opened or self._open_local()
+        return opened is not None and not opened.missing()
+
+    @property
+    def busy(self) -> bool:
+        """Whether readers wait for this blob, or did a moment ago."""
+        return self._demand > 0 or time.monotonic() - self._last_demand < 0.05
+
+    def verified_file(self) -> Path | None:
+        """The data file, if every chunk that a file uses has been checked: it can be given to EROFS as it is.
+
+        Never blocks on the backend, nor for a check: None while some chunks are not yet checked (see
+        :meth:`verify`), or have nothing to be checked with.
+        """
+        opened = self._opened or self._open_local()
+        if opened is None or not opened.verified():
+            return None
+        return opened.store.path
+
+    def verify(self) -> int:
+        """Check all chunks that an unclean stop left in doubt.
+
+        Returns:
+            the number of chunks found wrong; they will be fetched again when they are read.
+        """
+        opened = self._opened or self._open_local()
+        if opened is None or self._validate:
+            return 0
+        wrong = 0
+        row = opened.states.find(SUSPECT)
+        while row >= 0 and not self._closing.is_set():
+            wrong += self._check_suspect(opened, row) is None
+            row = opened.states.find(SUSPECT, row + 1)
+        return wrong
+
+    def flush(self) -> None:
+        """Put placed chunks on the disk, and record them only then in the chunk map. Errors are logged."""
+        opened = self._opened
+        if opened is not None:
+            self._flush(opened)
+
+    def _flush(self, opened: _Opened) -> bool:
+        with self._flush_lock:
+            with self._lock:
+                rows, self._dirty, self._dirty_bytes = self._dirty, [], 0
+                wrong, self._wrong = self._wrong, []
+            if not rows and not wrong:
+                return True
+            try:
+                opened.store.sync()
+            except OSError as error:
+                # The kernel forgets what it could not write: nothing of it may be believed any more.
+                log.error("cache file %s cannot be synced: %s", opened.store.path, error.strerror)
+                for row in rows:
+                    opened.states[row] = MISSING
+                return False
+            try:
+                present = opened.store.join(np.array(rows, np.int64), np.array(wrong, np.int64))
+            except (OSError, CacheError) as error:
+                log.warning("chunk map of %s cannot be written: %s", opened.store.path, error)
+                with self._lock:
+                    self._dirty = rows + self._dirty
+                    self._wrong = wrong + self._wrong
+                return False
+            # Another process may have placed chunks. Its word is good for a second look.
+            states = np.frombuffer(opened.states, np.uint8)
+            present = present[opened.decoder.verifiable[present]]
+            for row in present[states[present] == MISSING].tolist():
+                opened.states[row] = SUSPECT
+            return True
+
+    def close(self) -> None:
+        """Flush, record what is verified, and let go of the files. Waiting readers get an error soon."""
+        self._closing.set()
+        with self._lock:
+            flights = set(self._flights.values())
+        limit = time.monotonic() + 1
+        for flight in flights:
+            flight.done.wait(max(0.0, limit - time.monotonic()))
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is None or not self._flush(opened) or not self._unsealed:
+            return
+        try:
+            good = (np.frombuffer(opened.states, np.uint8) == READY) & opened.wanted
+            opened.store.seal(np.flatnonzero(good))
+        except OSError as error:
+            log.warning("cache file %s cannot be sealed: %s", opened.store.path, error)
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters in the JSON shape of ``/api/v1/metrics/blobcache`` (nydusd.md 3.6)."""
+        opened = self._opened
+        ready = len(opened.states) - opened.states.count(MISSING) if opened else 0
+        return {
+            "underlying_files": [f"{self.blob.id}.blob.data"],
+            "store_path": str(self.work_dir),
+            "partial_hits": self._partial,
+            "whole_hits": self._whole,
+            "total": self._reads,
+            "entries_count": ready,
+            "prefetch_data_amount": self._prefetched,
+            "prefetch_requests_count": self._prefetches,
+            "prefetch_workers": 0,
+            "prefetch_unmerged_chunks": 0,
+            "prefetch_cumulative_time_millis": 0,
+            "prefetch_begin_time_secs": 0,
+            "prefetch_begin_time_millis": 0,
+            "prefetch_end_time_secs": 0,
+            "prefetch_end_time_millis": 0,
+            "buffered_backend_size": 0,
+            "data_all_ready": opened is not None and not opened.missing(),
+        }
+
+    # Opening
+
+    def _open_local(self) -> _Opened | None:
+        """Open if that needs no backend."""
+        if self._chunks is None and not (self.work_dir / f"{self.blob.id}.blob.meta").exists():
+            return None
+        try:
+            return self._open(local=True)
+        except NydusError as error:
+            log.warning("cache of blob %s: %s", self.blob.id, error)
+            return None
+
+    def _open(self, local: bool = False) -> _Opened:
+        """The chunk table and the files; the first caller gets them, the others wait for it."""
+        with self._lock:
+            if self._opened is not None:
+                return self._opened
+            flight = self._opening
+            mine = flight is None
+            if flight is None:
+                flight = self._opening = _Flight([], set())
+        if mine:
+            try:
+                opened = self._open_files(local)
+                with self._lock:
+                    if self._closing.is_set():
+                        raise BackendError(f"blob {self.blob.id}: the cache is closed")
+                    self._opened = opened
+            except NydusError as error:
+                flight.errors[0] = error
+            except BaseException as error:
+                flight.errors[0] = BackendError(f"blob {self.blob.id}: {error!r}")
+                raise
+            finally:
+                with self._lock:
+                    self._opening = None
+                flight.done.set()
+        elif not flight.done.wait(2 * self._deadline):
+            raise BackendError(f"blob {self.blob.id}: its chunk table did not arrive in time")
+        if (failure := flight.errors.get(0)) is not None:
+            raise BackendError(f"blob {self.blob.id} cannot be read: {failure}") from failure
+        opened_now = self._opened
+        if opened_now is None:
+            raise BackendError(f"blob {self.blob.id}: the cache is closed")
+        return opened_now
+
+    def _open_files(self, local: bool) -> _Opened:
+        chunks, from_files = self._load_chunks(local)
+        count = len(chunks)
+        end = int(chunks.uoffset[-1]) + int(chunks.usize[-1]) if count else 0
+        if end > self.length:
+            raise FormatError("a chunk lies beyond the end of the blob", where=self.blob.id, found=end)
+        if self._digests is not None:
+            self._digests(chunks)
+        decoder = Decoder(chunks)
+        known = chunks.usize > 0
+        verifiable = decoder.verifiable & known
+        if known.any() and not verifiable.any():
+            log.warning("blob %s has no chunk digests: its chunks are only checked for length", self.blob.id)
+        size = max(end, self.blob.uncompressed_size)
+        store = Store(self.work_dir, f"{self.blob.id}.blob", count, size, bool(verifiable.any()))
+        states = np.frombuffer(store.initial, np.uint8)
+        states = np.where(~verifiable & (states == SUSPECT), MISSING, states)
+        if self._validate:
+            states = np.where(verifiable & (states == READY), SUSPECT, states)
+        states = np.where(known, states, READY).astype(np.uint8)
+        return _Opened(
+            chunks=chunks,
+            decoder=decoder,
+            store=store,
+            starts=array("q", chunks.uoffset.astype("<i8").tobytes()),
+            states=bytearray(states.tobytes()),
+            from_files=from_files,
+            placed=np.where(verifiable & self._validate, SUSPECT, READY).astype(np.uint8),
+            wanted=verifiable if verifiable.any() else known,
+        )
+
+    def _load_chunks(self, local: bool) -> tuple[ChunkMap, bool]:
+        if isinstance(self._chunks, ChunkMap):
+            return self._chunks, False
+        if self._chunks is not None:
+            return self._chunks(), False
+        chunks = self._load_cached_chunks()
+        if chunks is not None:
+            return chunks, True
+        if local:
+            raise CacheError(f"blob {self.blob.id}: no usable blob.meta in {self.work_dir}")
+        chunks = self._repeat(self._fetch_chunks)
+        try:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            if chunks.digests is not None:
+                write_aside(self._file("digest"), chunks.digests.tobytes())
+            write_aside(self._file("meta"), blobmeta.to_cache_file(chunks))
+        except OSError as error:
+            log.warning("blob.meta of %s cannot be kept: %s", self.blob.id, error)
+        return chunks, False
+
+    def _file(self, suffix: str) -> Path:
+        return self.work_dir / f"{self.blob.id}.blob.{suffix}"
+
+    def _load_cached_chunks(self) -> ChunkMap | None:
+        try:
+            chunks = blobmeta.from_cache_file(self.blob, self._file("meta").read_bytes())
+            if self.blob.features & BlobFeature.INLINED_CHUNK_DIGEST:
+                raw = self._file("digest").read_bytes()
+                if len(raw) != 32 * len(chunks):
+                    return None
+                chunks.digests = np.frombuffer(raw, np.uint8).reshape(-1, 32).copy()
+            return chunks
+        except OSError:
+            return None
+        except FormatError as error:
+            log.warning("%s; reading it again from the backend", error)
+            return None
+
+    def _fetch_chunks(self) -> ChunkMap:
+        blob = self.blob
+        name = self._meta_id or (blob.rafs_digest.hex() if blob.features & BlobFeature.SEPARATE else blob.id)
+        inlined = BlobFeature.HAS_TOC | BlobFeature.INLINED_FS_META
+        size = self._backend.size(name) if blob.features & inlined == inlined else None
+        return blobmeta.load(blob, lambda at, length: self._backend.read(name, at, length), size=size)
+
+    def _repeat(self, get: Callable[[], ChunkMap]) -> ChunkMap:
+        started = time.monotonic()
+        attempt = 1
+        while True:
+            try:
+                return get()
+            except BackendError as error:
+                if error.permanent or not self._again(attempt, started):
+                    raise
+            except FormatError:
+                if not self._again(attempt, started):
+                    raise
+            attempt += 1
+
+    def _again(self, attempt: int, started: float) -> bool:
+        """Whether to try again after a failed attempt; waits a little before."""
+        pause = 0.1 * 2**attempt
+        if attempt >= self._attempts or time.monotonic() + pause - started > self._deadline:
+            return False
+        return not self._closing.wait(pause)
+
+    # Filling
+
+    def _gather(self, opened: _Opened, first: int, last: int, *, prefetch: bool = False) -> dict[int, Buffer]:
+        """Make a run of chunks ready; gives the bytes of those that had to be decoded or checked."""
+        got: dict[int, Buffer] = {}
+        states, unit_of = opened.states, opened.decoder.unit_of
+        limit = time.monotonic() + self._deadline
+        while True:
+            row = states.find(SUSPECT, first, last)
+            while row >= 0:
+                if row not in got and (data := self._check_suspect(opened, row)) is not None and not prefetch:
+                    got[row] = data
+                row = states.find(SUSPECT, row + 1, last)
+            missing = [row for row in range(first, last) if states[row] == MISSING and row not in got]
+            if prefetch:
+                missing = [row for row in missing if opened.wanted[row]]
+            if not missing:
+                return got
+            if self._closing.is_set():
+                raise BackendError(f"blob {self.blob.id}: the cache is closed")
+            mine, joined = self._plan(opened, missing, prefetch)
+            self._run(opened, mine)
+            for flight in (*mine, *joined):
+                if not flight.done.wait(max(0.0, limit - time.monotonic())):
+                    raise BackendError(f"blob {self.blob.id}: no answer within {self._deadline:g} s")
+                got.update((row, flight.data[row]) for row in missing if row in flight.data)
+                for unit, error in flight.errors.items():
+                    if any(unit_of[row] == unit for row in missing):
+                        raise BackendError(str(error)) from error
+            if time.monotonic() > limit and any(row not in got and states[row] == MISSING for row in missing):
+                raise BackendError(f"blob {self.blob.id}: no answer within {self._deadline:g} s")
+
+    def _check_suspect(self, opened: _Opened, row: int) -> bytes | None:
+        """The bytes of a chunk found in the cache if they are right; else it is missing from now on."""
+        start, size = opened.starts[row], int(opened.chunks.usize[row])
+        try:
+            data = opened.store.read(start, size)
+            opened.decoder.check(row, data)
+        except (FormatError, CacheError) as error:
+            log.warning("cache file %s: %s, fetching it again", opened.store.path, error)
+            with self._lock:
+                if opened.states[row] == SUSPECT:
+                    opened.states[row] = MISSING
+                    self._wrong.append(row)
+                    self._unsealed = True
+            flusher.changed(self)
+            return None
+        if not self._validate:
+            opened.states[row] = READY
+            self._unsealed = True
+        return data
+
+    def _plan(
+        self, opened: _Opened, missing: Iterable[int], prefetch: bool
+    ) -> tuple[list[_Flight], list[_Flight]]:
+        """Requests to make for missing chunks, and requests of others to wait for."""
+        decoder, states = opened.decoder, opened.states
+        mine: list[int] = []
+        joined: dict[int, _Flight] = {}
+        with self._lock:
+            for unit in dict.fromkeys(decoder.unit_of[list(missing)].tolist()):
+                flight = self._flights.get(unit)
+                if flight is not None:
+                    joined[id(flight)] = flight
+                elif any(states[row] == MISSING for row in decoder.rows(unit).tolist()):
+                    mine.append(unit)
+            flights = [_Flight(units, set(units)) for units in self._split(decoder, sorted(mine))]
+            if flights and not prefetch and time.monotonic() > self._no_space_until:
+                self._extend(opened, flights[-1], set(mine))
+            for flight in flights:
+                self._flights.update(dict.fromkeys(flight.units, flight))
+        return flights, list(joined.values())
+
+    def _split(self, decoder: Decoder, units: list[int]) -> list[list[int]]:
+        """Neighbours in the blob together, but not so much that nothing could run in parallel."""
+        limit = max(self._amplify, 128 << 10)
+        gap = self._amplify // 128
+        result: list[list[int]] = []
+        start = end = memory = 0
+        for unit in units:
+            offset, size = int(decoder.offset[unit]), int(decoder.size[unit])
+            memory += int(decoder.memory[unit])
+            near = result and start <= offset <= end + gap
+            if near and offset + size - start <= limit and memory <= 4 * limit:
+                result[-1].append(unit)
+                end = max(end, offset + size)
+            else:
+                result.append([unit])
+                start, end, memory = offset, offset + size, int(decoder.memory[unit])
+        return result
+
+    def _extend(self, opened: _Opened, flight: _Flight, taken: set[int]) -> None:
+        """Add the missing units that follow, up to ``amplify`` stored bytes."""
+        decoder, states = opened.decoder, opened.states
+        gap = self._amplify // 128
+        start = int(decoder.offset[flight.units[0]])
+        last = flight.units[-1]
+        end = int(decoder.offset[last]) + int(decoder.size[last])
+        memory = int(decoder.memory[flight.units].sum())
+        for unit in range(last + 1, len(decoder.offset)):
+            offset, size = int(decoder.offset[unit]), int(decoder.size[unit])
+            memory += int(decoder.memory[unit])
+            if not start <= offset <= end + gap or offset + size - start > self._amplify:
+                return
+            if memory > 4 * self._amplify:
+                return
+            if unit in self._flights or unit in taken or size == 0:
+                continue
+            if not any(states[row] == MISSING and opened.wanted[row] for row in decoder.rows(unit).tolist()):
+                continue
+            flight.units.append(unit)
+            end = max(end, offset + size)
+
+    def _run(self, opened: _Opened, flights: list[_Flight]) -> None:
+        """Fetch all, a few at a time, one of them in this thread."""
+        waiting = deque(flights)
+
+        def work() -> None:
+            while True:
+                try:
+                    flight = waiting.popleft()
+                except IndexError:
+                    return
+                self._fetch(opened, flight)
+
+        for _ in range(min(len(flights), _PARALLEL) - 1):
+            threading.Thread(target=work, name="blob-fetch", daemon=True).start()
+        work()
+
+    def _fetch(self, opened: _Opened, flight: _Flight) -> None:
+        started = time.monotonic()
+        pending = flight.units
+        errors: dict[int, NydusError] = {}
+        attempt = 1
+        try:
+            while pending:
+                errors = self._attempt(opened, flight, pending)
+                extended = len(pending) > len(flight.demanded)
+                # What was only taken along is not worth a second attempt, and may be what spoils the first.
+                pending = [unit for unit in pending if unit in errors and unit in flight.demanded]
+                hopeless = all(isinstance(e, BackendError) and e.permanent for e in errors.values())
+                if pending and ((hopeless and not extended) or not self._again(attempt, started)):
+                    break
+                attempt += 1
+            flight.errors = {unit: errors[unit] for unit in pending}
+        except BaseException as error:
+            failure = BackendError(f"blob {self.blob.id}: {error!r}")
+            flight.errors = dict.fromkeys(flight.demanded, failure)
+            raise
+        finally:
+            with self._lock:
+                for unit in flight.units:
+                    del self._flights[unit]
+            flight.done.set()
+        if flight.errors:
+            unit, first = next(iter(flight.errors.items()))
+            log.error(
+                "blob %s: cannot read %d bytes at offset %#x: %s",
+                self.blob.id,
+                int(opened.decoder.size[unit]),
+                int(opened.decoder.offset[unit]),
+                first,
+            )
+            if opened.from_files and any(isinstance(e, FormatError) for e in flight.errors.values()):
+                # Perhaps it is the table that is wrong. The next one to open this blob fetches a new one.
+                self._file("meta").unlink(missing_ok=True)
+
+    def _attempt(self, opened: _Opened, flight: _Flight, units: list[int]) -> dict[int, NydusError]:
+        """One request for some units: place what is right, and tell what is wrong with the others."""
+        decoder = opened.decoder
+        start = int(decoder.offset[units].min())
+        end = int((decoder.offset[units] + decoder.size[units]).max())
+        try:
+            stored = memoryview(self._backend.read(self.blob.id, start, end - start))
+        except BackendError as error:
+            return dict.fromkeys(units, error)
+        errors: dict[int, NydusError] = {}
+        decoded: list[tuple[int, Buffer]] = []
+        for unit in units:
+            at = int(decoder.offset[unit]) - start
+            try:
+                decoded += decoder.decode(unit, stored[at : at + int(decoder.size[unit])])
+            except FormatError as error:
+                errors[unit] = error
+        flight.data.update(decoded)
+        self._place(opened, decoded)
+        return errors
+
+    def _place(self, opened: _Opened, decoded: list[tuple[int, Buffer]]) -> None:
+        """Write verified chunks, adjacent ones together, and mark them ready."""
+        run: list[Buffer] = []
+        rows: list[int] = []
+        start = end = 0
+        for row, data in decoded:
+            offset = opened.starts[row]
+            gap = offset - end
+            if rows and row == rows[-1] + 1 and 0 <= gap < BLOCK:
+                if gap:
+                    run.append(_ZEROS[:gap])
+            else:
+                self._write(opened, start, run, rows)
+                run, rows, start = [], [], offset
+            run.append(data)
+            rows.append(row)
+            end = offset + len(data)
+        self._write(opened, start, run, rows)
+
+    def _write(self, opened: _Opened, offset: int, buffers: list[Buffer], rows: list[int]) -> None:
+        if not rows:
+            return
+        try:
+            opened.store.write(offset, buffers)
+        except OSError as error:
+            # Readers still get the bytes they wait for; only the next ones have to fetch them again.
+            now = time.monotonic()
+            if now > self._no_space_until:
+                what = (
+                    "disk full"
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    else os.strerror(error.errno or 0)
+                )
+                log.warning("cache file %s cannot be written: %s", opened.store.path, what)
+            self._no_space_until = now + 10
+            return
+        for row in rows:
+            opened.states[row] = opened.placed[row]
+        with self._lock:
+            self._unsealed = True
+            self._dirty += rows
+            self._dirty_bytes += sum(len(buffer) for buffer in buffers)
+            urgent = self._dirty_bytes > DIRTY_BYTES
+        flusher.changed(self, urgent=urgent)
+
+
+def _assemble(
+    opened: _Opened, got: dict[int, Buffer], offset: int, end: int, first: int, last: int
+) -> list[Buffer]:
+    """The bytes of a range out of chunks at hand and the cache file."""
+    parts: list[Buffer] = []
+    at = offset
+    row = first
+    while at < end:
+        data = got.get(row) if row < last else None
+        if data is not None:
+            start = opened.starts[row]
+            if start > at:
+                parts.append(bytes(start - at))
+                at = start
+            part = memoryview(data)[at - start : end - start]
+            parts.append(part)
+            at += len(part)
+            row += 1
+            continue
+        while row < last and row not in got:
+            row += 1
+        stop = max(at, opened.starts[row]) if row < last else end
+        if stop > at:
+            parts.append(opened.store.read(at, stop - at))
+            at = stop
+    return parts if len(parts) <= _MAX_BUFFERS else [b"".join(parts)]
