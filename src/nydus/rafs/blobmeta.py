@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nydus.errors import FormatError
-from nydus.rafs import codec, toc
+from nydus.rafs import checks, codec, toc
 from nydus.rafs.buffer import Buffer, Source
-from nydus.rafs.model import Array, BlobFeature, BlobInfo, ChunkFlag, Compression
+from nydus.rafs.model import Array, BlobFeature, BlobInfo, ChunkFlag, Compression, Tree
 
 HEADER_SIZE = 4096
 MAGIC = 0xB10BB10B
@@ -267,6 +267,52 @@ def write(chunks: ChunkMap, offset: int) -> bytes:
     if blob.cipher:
         header = codec.xts_encrypt(blob.key, blob.iv, header)
     return stored + header
+
+
+def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
+    """The chunk table of a blob that has none of its own (v5, TARFS), from the chunks of a tree.
+
+    Indices that the tree does not refer to get a size of 0.
+
+    Raises:
+        FormatError: chunks overlap, or lie outside of the blob.
+    """
+    blob = tree.blobs[blob_index]
+    where = blob.id
+    chunks = tree.chunks[tree.chunks["blob_index"] == blob_index]
+    count = int(chunks["index"].max()) + 1 if len(chunks) else 0
+    if count > checks.MAX_CHUNKS:
+        raise FormatError("the index of a chunk is too large", where=where, found=count - 1)
+    count = max(count, min(blob.chunk_count, 1 << 16))
+    index = chunks["index"].astype(np.int64)
+
+    def column(name: str, kind: type) -> Array:
+        result: Array = np.zeros(count, kind)
+        result[index] = chunks[name]
+        return result
+
+    uoffset, usize = column("uoffset", np.uint64), column("usize", np.uint32)
+    # Rows that nothing is known of lie, empty, where the row before them ends.
+    known = np.zeros(count, bool)
+    known[index] = True
+    uoffset = np.where(known, uoffset, np.maximum.accumulate(uoffset + usize)) if count else uoffset
+    keep = ChunkFlag.COMPRESSED | ChunkFlag.ENCRYPTED | ChunkFlag.HAS_CRC
+    digests = np.zeros((count, 32), np.uint8)
+    digests[index] = np.ascontiguousarray(chunks["digest"]).view(np.uint8).reshape(-1, 32)
+    result = ChunkMap(
+        blob=blob,
+        uoffset=uoffset,
+        usize=usize,
+        coffset=column("coffset", np.uint64),
+        csize=column("csize", np.uint32),
+        flags=(column("flags", np.uint32) & np.uint32(keep)).astype(np.uint8),
+        crc=column("crc", np.uint32),
+        context=np.zeros(count, np.uint32),
+        context_offset=np.zeros(count, np.uint32),
+        digests=digests if digests.any() else None,
+    )
+    _validate(result, where)
+    return result
 
 
 def _check_size(blob: BlobInfo, where: str) -> None:

@@ -1,5 +1,6 @@
 """RAFS v6: EROFS metadata with a table of blobs."""
 
+from nydus.rafs.v6.reader import read
 from nydus.rafs.v6.superblock import read_chunk_table, read_superblock
 
-__all__ = ["read_chunk_table", "read_superblock"]
+__all__ = ["read", "read_chunk_table", "read_superblock"]
