@@ -109,7 +109,7 @@ def workspace() -> Iterator[Path]:
 
 
 class Scene:
-    """What the measured starts share: an image in a registry in both forms, a daemon that waits, a program."""
+    """What the measured starts share: an image in a registry, in both forms, a daemon and a program."""
 
     def __init__(
         self,

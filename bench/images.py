@@ -1,0 +1,62 @@
+"""The image to measure on: Debian packages where the tool for that is beside the checkout, else the demo's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from nydus.demo.image import COMMAND, build
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKE_IMAGE = ROOT.parent / "shared" / "tools" / "make-image"
+CACHE = Path("/var/tmp/nydus-bench-images")
+PYTHON = ("python3", "-c", "import json, numpy; print('numpy', numpy.__version__, flush=True)")
+
+
+@dataclass(frozen=True)
+class BenchImage:
+    """An OCI layout, and a command that the image runs."""
+
+    title: str
+    layout: Path
+    command: tuple[str, ...]
+
+    @property
+    def environment(self) -> list[str]:
+        config: list[str] = self._blob(self._manifest["config"]["digest"])["config"]["Env"]
+        return config
+
+    @property
+    def size(self) -> int:
+        """Compressed bytes of all layers."""
+        return sum(layer["size"] for layer in self._manifest["layers"])
+
+    @property
+    def _manifest(self) -> dict:  # type: ignore[type-arg]
+        index = json.loads((self.layout / "index.json").read_bytes())
+        return self._blob(index["manifests"][0]["digest"])
+
+    def _blob(self, digest: str) -> dict:  # type: ignore[type-arg]
+        document: dict = json.loads((self.layout / "blobs" / "sha256" / digest[7:]).read_bytes())  # type: ignore[type-arg]
+        return document
+
+
+def find(layout: Path | None, folder: Path) -> BenchImage:
+    """The image to use.
+
+    Args:
+        layout: an OCI layout of the user's that has python3 and numpy; None for one of ours.
+        folder: where the demo's image is made if it is used.
+    """
+    if layout is not None:
+        return BenchImage(layout.name, layout, PYTHON)
+    if not MAKE_IMAGE.exists():
+        return BenchImage("demo", build(folder / "image").layout, COMMAND)
+    if not (CACHE / "python" / "index.json").exists():
+        # In a mount namespace of its own: what it mounts cannot stay behind.
+        unshare = ["unshare", "--mount", "--propagation", "private"]
+        make = [str(MAKE_IMAGE), str(CACHE), "python", "python3 python3-pip python3-numpy"]
+        subprocess.run([*unshare, *make], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return BenchImage("python", CACHE / "python", PYTHON)
