@@ -1,4 +1,4 @@
-"""The image to measure on: Debian packages where the tool for that is beside the checkout, else the demo's."""
+"""The image to measure on: Debian packages where the tool for that is beside the checkout, or the demo's."""
 
 from __future__ import annotations
 
