@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +24,23 @@ assert _ROW.size == NODE.itemsize
 _SIZE = _ROW.size
 _MODE_AT = NODE.fields["mode"][1]  # type: ignore[index]
 _FLAGS_AT = NODE.fields["flags"][1]  # type: ignore[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """All names in P-order (rafs.md 0.5); row *i* of each column is the name with index ``i + 1``.
+
+    Attributes:
+        names: last components; empty for the root.
+        inodes: inode number of the builder.
+        parent: row of the parent.
+        first: (row, first child, number of children) of each directory.
+    """
+
+    names: list[bytes]
+    inodes: Array
+    parent: Array
+    first: Array
 
 
 class TreeBuilder:
@@ -54,6 +72,7 @@ class TreeBuilder:
         #: directory part of a path as spelled in the source → inode; emptied when a name changes its meaning.
         self._known: dict[bytes, int] = {}
         self._waiting: list[tuple[bytes, bytes, tuple[int, int, int, int] | None]] = []
+        self._numbering: Numbering | None = None
         self.add_inode(_IMPLICIT_MODE, rdev=rdev)
 
     def __len__(self) -> int:
@@ -246,16 +265,14 @@ class TreeBuilder:
                 )
             waiting = again
 
-    def order(self) -> tuple[Array, list[bytes]]:
-        """Number the names: NODE rows in P-order (without names and chunks resolved) and the names.
-
-        ``link`` still holds the inode number here. For :meth:`finish`, and for directory builds that must
-        know the order of files before they read them.
-        """
+    def number(self) -> Numbering:
+        """Number the names; call it when all are there. The result is kept for :meth:`finish`."""
+        if self._numbering is not None:
+            return self._numbering
         self._resolve_waiting()
         names = [b""]
-        numbers = [0]
-        parents: list[int] = []  # parent row and number of children, alternating, for np.repeat
+        inodes = [0]
+        parents: list[int] = []  # row and number of children of each directory that has some
         counts: list[int] = []
         first: list[tuple[int, int, int]] = []
         children = self._children
@@ -263,25 +280,23 @@ class TreeBuilder:
         while stack:
             number, row = stack.pop()
             entries = children[number]
-            start = len(numbers)
+            start = len(inodes)
             first.append((row, start, len(entries)))
             if not entries:
                 continue
             ordered = sorted(entries)
-            inodes = [entries[name] for name in ordered]
+            numbers = [entries[name] for name in ordered]
             names += ordered
-            numbers += inodes
+            inodes += numbers
             parents.append(row)
-            counts.append(len(inodes))
-            below = [(inode, start + i) for i, inode in enumerate(inodes) if inode in children]
+            counts.append(len(numbers))
+            below = [(inode, start + i) for i, inode in enumerate(numbers) if inode in children]
             below.reverse()
             stack += below
-        nodes: Array = np.frombuffer(self._rows, NODE)[np.array(numbers, np.intp)]
-        nodes["parent"][1:] = np.repeat(np.array(parents, np.uint32), counts)
-        rows, starts, lengths = np.array(first, np.uint32).T
-        nodes["first_child"][rows] = starts
-        nodes["child_count"][rows] = lengths
-        return nodes, names
+        parent = np.zeros(len(inodes), np.uint32)
+        parent[1:] = np.repeat(np.array(parents, np.uint32), counts)
+        self._numbering = Numbering(names, np.array(inodes, np.intp), parent, np.array(first, np.uint32))
+        return self._numbering
 
     def finish(
         self,
@@ -298,7 +313,12 @@ class TreeBuilder:
             table: CHUNK rows, one for each distinct chunk.
             references: row of ``table`` for each chunk reference.
         """
-        nodes, names = self.order()
+        order = self.number()
+        names = order.names
+        nodes: Array = np.frombuffer(self._rows, NODE)[order.inodes]
+        nodes["parent"] = order.parent
+        rows, starts, counts = order.first.T
+        nodes["first_child"][rows], nodes["child_count"][rows] = starts, counts
         kind = nodes["mode"] & 0o170000
         lengths = np.fromiter(map(len, names), np.uint64, len(names))
         nodes["name_length"] = lengths

@@ -1,0 +1,187 @@
+"""Building from a directory on disk."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from nydus.build.blob import Sink
+from nydus.build.layer import BuildOptions, LayerBuilder, LayerResult, device, known_xattrs
+from nydus.build.merge import Whiteout
+from nydus.build.tree import TreeBuilder
+from nydus.errors import NydusError
+from nydus.rafs.model import Xattrs
+
+#: A file up to this size is read at once and then cut, so that it costs one read.
+_WHOLE = 1 << 20
+
+
+def build_directory(
+    path: str, sink: Sink, options: BuildOptions | None = None, prefetch: Iterable[bytes] = ()
+) -> LayerResult:
+    """Build from a directory into a blob.
+
+    Args:
+        sink: gets the bytes of the blob in order.
+        prefetch: absolute paths inside the image. With a prefetch policy the files at or below them come
+            first in the blob.
+
+    Raises:
+        NydusError: something cannot be read, or changes while it is.
+    """
+    options = options or BuildOptions()
+    patterns = list(prefetch)
+    layer = LayerBuilder(sink, options)
+    with layer.writer:
+        builder, files = scan(path, options)
+        ordered, first = _file_order(builder, files, patterns)
+        chunk_size = options.chunk_size
+        for position, number in enumerate(ordered):
+            if position == first:
+                layer.prefetch_end()
+            size, name = files[number]
+            start, count = layer.writer.add(_read(name, size, chunk_size), size <= chunk_size)
+            builder.set_chunks(number, start, count)
+        if first == len(ordered):
+            layer.prefetch_end()
+        return layer.finish(builder, patterns)
+
+
+def scan(path: str, options: BuildOptions) -> tuple[TreeBuilder, dict[int, tuple[int, bytes]]]:
+    """Walk a directory; returns its names, and size and path of each non-empty regular file by inode."""
+    root = os.fsencode(path)
+    files: dict[int, tuple[int, bytes]] = {}
+    links: dict[tuple[int, int], int] = {}
+    base = options.parent is None
+    whiteout = options.whiteout
+    owners = options.owners
+
+    def inode(status: os.stat_result, name: bytes, builder: TreeBuilder, number: int | None = None) -> int:
+        kind = status.st_mode & 0o170000
+        ns = status.st_mtime_ns
+        return builder.add_inode(
+            status.st_mode,
+            status.st_uid if owners else 0,
+            status.st_gid if owners else 0,
+            0 if number == 0 else ns // 1_000_000_000,
+            0 if number == 0 else ns % 1_000_000_000,
+            size=status.st_size if kind == stat.S_IFREG else 0,
+            rdev=device(os.major(status.st_rdev), os.minor(status.st_rdev)),
+            target=os.readlink(name) if kind == stat.S_IFLNK else b"",  # noqa: PTH115 (paths are bytes)
+            xattrs=_xattrs(name),
+            number=number,
+        )
+
+    try:
+        status = os.stat(root)  # noqa: PTH116
+        if not stat.S_ISDIR(status.st_mode):
+            raise NydusError(f"{path}: not a directory")
+        builder = TreeBuilder(device(os.major(status.st_rdev), os.minor(status.st_rdev)), path)
+        inode(status, root, builder, 0)
+        stack = [(0, root)]
+        while stack:
+            directory, prefix = stack.pop()
+            with os.scandir(prefix) as entries:
+                for entry in entries:
+                    name = entry.name
+                    status = entry.stat(follow_symlinks=False)
+                    if base and _is_whiteout(whiteout, name, status):
+                        continue
+                    regular = stat.S_ISREG(status.st_mode)
+                    if regular and status.st_nlink > 1:
+                        key = (status.st_ino, status.st_dev)
+                        known = links.get(key)
+                        if known is not None:
+                            builder.enter(directory, name, known)
+                            continue
+                    number = inode(status, entry.path, builder)
+                    builder.enter(directory, name, number)
+                    if regular:
+                        if status.st_nlink > 1:
+                            links[key] = number
+                        if status.st_size:
+                            files[number] = (status.st_size, entry.path)
+                    elif stat.S_ISDIR(status.st_mode):
+                        stack.append((number, entry.path))
+    except OSError as error:
+        where = os.fsdecode(error.filename) if error.filename else path
+        raise NydusError(f"{where}: cannot be read: {error.strerror}") from None
+    return builder, files
+
+
+def _is_whiteout(spec: Whiteout, name: bytes, status: os.stat_result) -> bool:
+    if spec is Whiteout.OCI:
+        return name.startswith(b".wh.")
+    if spec is Whiteout.OVERLAYFS:
+        return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+    return False
+
+
+def _xattrs(path: bytes) -> Xattrs:
+    names = os.listxattr(path, follow_symlinks=False)
+    if not names:
+        return ()
+    pairs = sorted((os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in names)
+    return known_xattrs(tuple(pairs))
+
+
+def _file_order(
+    builder: TreeBuilder, files: dict[int, tuple[int, bytes]], patterns: Sequence[bytes]
+) -> tuple[list[int], int]:
+    """Inodes with data in the order of the blob, and how many of them are prefetched (rafs.md 3.1, 4.4)."""
+    order = builder.number()
+    rows = order.inodes.tolist()
+    in_order = [number for number in dict.fromkeys(rows) if number in files]
+    if not patterns:
+        return in_order, 0
+    children = {row: range(start, start + count) for row, start, count in order.first.tolist()}
+    first: dict[int, None] = {}
+    for pattern in patterns:
+        row: int | None = 0
+        for part in pattern.split(b"/"):
+            if part:
+                below = children.get(row, range(0)) if row is not None else range(0)
+                row = next((child for child in below if order.names[child] == part), None)
+        if row is None:
+            continue
+        inside = np.zeros(len(rows), bool)
+        inside[row] = True
+        stack = [row]
+        while stack:
+            below = children.get(stack.pop(), range(0))
+            inside[below.start : below.stop] = True
+            stack += [child for child in below if child in children]
+        first.update(dict.fromkeys(rows[i] for i in np.flatnonzero(inside).tolist() if rows[i] in files))
+    return [*first, *(number for number in in_order if number not in first)], len(first)
+
+
+def _read(path: bytes, size: int, chunk_size: int) -> Iterator[bytes | memoryview]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            left = size
+            while left:
+                block = _read_exactly(descriptor, min(left, max(_WHOLE, chunk_size)))
+                if not block:
+                    raise NydusError(f"{os.fsdecode(path)}: got shorter while it was read")
+                left -= len(block)
+                view = memoryview(block)
+                for start in range(0, len(block), chunk_size):
+                    yield view[start : start + chunk_size]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise NydusError(f"{os.fsdecode(path)}: cannot be read: {error.strerror}") from None
+
+
+def _read_exactly(descriptor: int, size: int) -> bytes:
+    block = os.read(descriptor, size)
+    while len(block) < size:
+        more = os.read(descriptor, size - len(block))
+        if not more:
+            return b""
+        block += more
+    return block
