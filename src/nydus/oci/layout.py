@@ -1,0 +1,328 @@
+"""Images in an OCI layout directory, with the same methods as a repository of a registry."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from nydus.errors import BackendError, NydusError
+from nydus.oci import model
+from nydus.oci.model import Descriptor
+
+REF_NAME = "org.opencontainers.image.ref.name"
+IMAGE_NAME = "io.containerd.image.name"
+LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
+
+
+class Files(Protocol):
+    """Named read-only files: a directory or an archive."""
+
+    name: str
+
+    def size(self, path: str) -> int:
+        """Bytes of a file; KeyError if there is none."""
+        ...
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """At most ``size`` bytes; KeyError if there is no such file."""
+        ...
+
+
+class Directory:
+    """The files below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, str(root)
+
+    def size(self, path: str) -> int:
+        try:
+            return (self.root / path).stat().st_size
+        except OSError as error:
+            raise KeyError(path) from error
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        try:
+            with open(self.root / path, "rb") as file:
+                return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise KeyError(path) from error
+
+
+class FileStream(io.RawIOBase):
+    """A blob of a layout, read from start to end and checked against its digest there.
+
+    Raises:
+        BackendError: permanent if the bytes are not what the digest says.
+    """
+
+    def __init__(self, files: Files, digest: str, size: int) -> None:
+        super().__init__()
+        self._files, self._digest, self._size = files, digest, size
+        self._hash = hashlib.new(digest.partition(":")[0])
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read(-1)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(1 << 20), b""))
+        data = self._files.read(blob_path(self._digest), self.position, size)
+        self._hash.update(data)
+        self.position += len(data)
+        if not data and size:
+            found = f"{self._digest.partition(':')[0]}:{self._hash.hexdigest()}"
+            if found != self._digest:
+                where = f"{self._files.name}: corrupted blob"
+                raise BackendError(f"{where}: expected {self._digest}, found {found}", permanent=True)
+        return data
+
+
+class LayoutReader:
+    """The images of an OCI layout.
+
+    Every method raises :class:`~nydus.errors.BackendError` if a file is missing or not what its digest says.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def __str__(self) -> str:
+        return self.files.name
+
+    def index(self) -> model.Index:
+        """The images it holds."""
+        try:
+            size = self.files.size("index.json")
+            data = self.files.read("index.json", 0, min(size, model.MAX_DOCUMENT))
+        except KeyError:
+            raise BackendError(f"{self}: no OCI layout: it has no index.json", permanent=True) from None
+        return model.decode(data, model.Index, f"{self}: index.json")
+
+    def manifest(self, reference: str = "") -> tuple[Descriptor, bytes]:
+        """A manifest or index by digest or by name; by default the only one there is.
+
+        A name is what ``org.opencontainers.image.ref.name`` or ``io.containerd.image.name`` says.
+        """
+        if ":" in reference and reference.startswith(("sha256:", "sha512:")):
+            data = self._document(reference, model.MAX_DOCUMENT)
+            return Descriptor(media_type="", digest=reference, size=len(data)), data
+        entries = self.index().manifests
+        if reference:
+            names = (REF_NAME, IMAGE_NAME)
+            entries = tuple(e for e in entries if reference in (e.annotations.get(name) for name in names))
+        if len({entry.digest for entry in entries}) != 1:
+            wanted = f"the image {reference!r}" if reference else "exactly one image"
+            message = f"{self}: expected {wanted}, found {len(entries)}"
+            raise BackendError(message, permanent=True, status=404)
+        data = self._document(entries[0].digest, model.MAX_DOCUMENT)
+        if len(data) != entries[0].size:
+            message = f"{self}: {entries[0].digest}: expected {entries[0].size} bytes, found {len(data)}"
+            raise BackendError(message, permanent=True)
+        return Descriptor(media_type=entries[0].media_type, digest=entries[0].digest, size=len(data)), data
+
+    def document(self, descriptor: Descriptor) -> bytes:
+        """A small blob whole (an image config), at most 8 MiB."""
+        return self._document(descriptor.digest, model.MAX_DOCUMENT)
+
+    def _document(self, digest: str, limit: int) -> bytes:
+        size = self.blob_size(digest)
+        if size > limit:
+            raise BackendError(f"{self}: {digest} is larger than {limit} bytes", permanent=True)
+        return self.blob(digest, size).read(-1)
+
+    def blob_size(self, digest: str) -> int:
+        try:
+            return self.files.size(blob_path(digest))
+        except KeyError:
+            raise BackendError(f"{self}: no blob {digest}", permanent=True, status=404) from None
+
+    def has_blob(self, digest: str) -> bool:
+        try:
+            self.files.size(blob_path(digest))
+        except KeyError:
+            return False
+        return True
+
+    def has_manifest(self, reference: str) -> bool:
+        try:
+            self.manifest(reference)
+        except NydusError:
+            return False
+        return True
+
+    def blob(self, digest: str, size: int | None = None) -> FileStream:
+        """A blob as a stream, checked at its end."""
+        found = self.blob_size(digest)
+        if size is not None and found != size:
+            raise BackendError(f"{self}: {digest}: expected {size} bytes, found {found}", permanent=True)
+        return FileStream(self.files, digest, found)
+
+    def read_range(self, digest: str, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes at ``offset`` of a blob."""
+        try:
+            data = self.files.read(blob_path(digest), offset, length)
+        except KeyError:
+            raise BackendError(f"{self}: no blob {digest}", permanent=True, status=404) from None
+        if len(data) != length:
+            where = f"{self}: {digest}"
+            message = f"{where}: expected {length} bytes at offset {offset}, got {len(data)}"
+            raise BackendError(message, permanent=True)
+        return data
+
+    def referrers(self, digest: str) -> list[Descriptor]:
+        """What has a manifest as its subject; layouts do not keep that."""
+        return []
+
+
+class Layout(LayoutReader):
+    """An OCI layout directory that can be written too; made if missing. Thread- and process-safe."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        super().__init__(Directory(self.root))
+
+    def create(self) -> Layout:
+        """Makes the folder an (empty) layout unless it is one.
+
+        Raises:
+            BackendError: it cannot be written.
+        """
+        try:
+            (self.root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+            with self._changing():
+                if not (self.root / "index.json").exists():
+                    self._replace("oci-layout", LAYOUT)
+                    self._write_index(())
+        except OSError as error:
+            raise _disk(error, self.root) from error
+        return self
+
+    def mount_blob(self, digest: str, source: str) -> bool:
+        """There is nothing to link from."""
+        return False
+
+    def upload(self) -> FileUpload:
+        """Begins a blob whose digest is known only at its end."""
+        return FileUpload(self.root)
+
+    def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor:
+        """Stores a small blob unless it is there."""
+        described = model.describe(data, media_type, **more)
+        if not self.has_blob(described.digest):
+            with self.upload() as upload:
+                upload.write(data)
+                upload.commit(described.digest)
+        return described
+
+    def put_manifest(
+        self, reference: str, data: bytes, media_type: str, annotations: dict[str, str] | None = None
+    ) -> Descriptor:
+        """Stores a manifest or index; under a name it goes into ``index.json`` and replaces that name."""
+        described = self.put_blob(data, media_type)
+        if reference.startswith("sha256:"):
+            return described
+        entry = msgspec.structs.replace(described, annotations={REF_NAME: reference, **(annotations or {})})
+        try:
+            with self._changing():
+                others = (e for e in self.index().manifests if e.annotations.get(REF_NAME) != reference)
+                self._write_index((*others, entry))
+        except OSError as error:
+            raise _disk(error, self.root) from error
+        return described
+
+    def _write_index(self, entries: tuple[Descriptor, ...]) -> None:
+        index = model.Index(schema_version=2, media_type=model.OCI_INDEX, manifests=entries)
+        self._replace("index.json", model.encode(index))
+
+    def _replace(self, name: str, data: bytes) -> None:
+        with tempfile.NamedTemporaryFile(dir=self.root, prefix=".", delete=False) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(self.root / name)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class FileUpload:
+    """A blob on its way into a layout; the methods are those of :class:`nydus.oci.upload.Upload`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._hash = hashlib.sha256()
+        self.sent = 0
+        try:
+            self._file = tempfile.NamedTemporaryFile(dir=root / "blobs", prefix=".", delete=False)  # noqa: SIM115
+        except OSError as error:
+            raise _disk(error, root) from error
+
+    def __enter__(self) -> FileUpload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._file.closed:
+            self.cancel()
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _disk(error, self._root) from error
+        self._hash.update(data)
+        self.sent += len(data)
+
+    def commit(self, digest: str) -> None:
+        found = f"sha256:{self._hash.hexdigest()}"
+        if found != digest:
+            self.cancel()
+            raise BackendError(f"{self._root}: wrote {found}, expected {digest}", permanent=True)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            aside = Path(self._file.name)
+            aside.chmod(0o644)
+            aside.replace(self._root / blob_path(digest))
+            self._file.close()
+        except OSError as error:
+            self.cancel()
+            raise _disk(error, self._root) from error
+
+    def cancel(self) -> None:
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+
+
+def blob_path(digest: str) -> str:
+    """Where a layout keeps a blob."""
+    return f"blobs/{digest.replace(':', '/')}"
+
+
+def _disk(error: OSError, root: Path) -> BackendError:
+    return BackendError(f"{error.filename or root}: {error.strerror}", permanent=True)

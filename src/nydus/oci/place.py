@@ -1,0 +1,184 @@
+"""Where an image is: one description that another process can open again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nydus.oci.auth import Credentials, docker_credentials
+from nydus.oci.model import Descriptor
+from nydus.oci.reference import Reference
+from nydus.oci.transport import Policy
+
+if TYPE_CHECKING:
+    from nydus.oci.registry import Repository
+
+
+class Stream(Protocol):
+    """A blob that is read once, checked against its digest at the end."""
+
+    def read(self, size: int | None = -1, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Writer(Protocol):
+    """A blob that is being written; see :class:`nydus.oci.upload.Upload`."""
+
+    @property
+    def sent(self) -> int: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def commit(self, digest: str) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Source(Protocol):
+    """What images are read from: a repository, a layout, an archive.
+
+    Every method raises :class:`~nydus.errors.BackendError`.
+    """
+
+    def manifest(self, reference: str) -> tuple[Descriptor, bytes]: ...
+
+    def document(self, descriptor: Descriptor) -> bytes: ...
+
+    def blob(self, digest: str, size: int | None = None) -> Stream: ...
+
+    def read_range(self, digest: str, offset: int, length: int) -> bytes: ...
+
+    def has_blob(self, digest: str) -> bool: ...
+
+
+class Sink(Protocol):
+    """What images are written to."""
+
+    def has_blob(self, digest: str) -> bool: ...
+
+    def has_manifest(self, reference: str) -> bool: ...
+
+    def mount_blob(self, digest: str, source: str) -> bool: ...
+
+    def upload(self) -> Writer: ...
+
+    def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor: ...
+
+    def put_manifest(self, reference: str, data: bytes, media_type: str) -> Descriptor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryPlace:
+    """An image in a registry.
+
+    Args:
+        plain_http, insecure: speak http; accept any TLS certificate.
+        credentials: see :func:`registry_place`.
+    """
+
+    reference: Reference
+    plain_http: bool = False
+    insecure: bool = False
+    credentials: Credentials | None = None
+    proxy: str = ""
+    policy: Policy | None = None
+
+    @property
+    def target(self) -> str:
+        """What to ask for: tag or digest."""
+        return self.reference.target
+
+    def open(self) -> Source:
+        return self.repository()
+
+    def open_sink(self) -> Sink:
+        return self.repository()
+
+    def repository(self) -> Repository:
+        from nydus.oci.registry import Registry
+
+        registry = Registry(
+            self.reference.endpoint,
+            plain_http=self.plain_http,
+            skip_verify=self.insecure,
+            credentials=self.credentials,
+            proxy=self.proxy,
+            policy=self.policy,
+        )
+        return registry.repository(self.reference.repository)
+
+    def __str__(self) -> str:
+        return str(self.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPlace:
+    """An image in an OCI layout directory."""
+
+    path: Path
+    target: str = ""
+
+    def open(self) -> Source:
+        from nydus.oci.layout import Layout
+
+        return Layout(self.path)
+
+    def open_sink(self) -> Sink:
+        from nydus.oci.layout import Layout
+
+        return Layout(self.path).create()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivePlace:
+    """The image of an archive, for reading."""
+
+    path: Path
+    target: str = ""
+
+    def open(self) -> Source:
+        from nydus.oci.archive import open_archive
+
+        return open_archive(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+SourcePlace = RegistryPlace | LayoutPlace | ArchivePlace
+SinkPlace = RegistryPlace | LayoutPlace
+
+
+def registry_place(
+    reference: Reference, *, plain_http: bool = False, insecure: bool = False
+) -> RegistryPlace:
+    """An image in a registry, with the credentials and proxy that this user has for it.
+
+    Raises:
+        ConfigError: Docker's config file or a credential helper is broken.
+    """
+    credentials = docker_credentials(reference.host)
+    proxy = _proxy("http" if plain_http else "https", reference.endpoint)
+    return RegistryPlace(reference, plain_http, insecure, credentials, proxy)
+
+
+def _proxy(scheme: str, host: str) -> str:
+    """The proxy of the environment for a host (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), "" for none."""
+    if not any(key.lower().endswith("_proxy") for key in os.environ):
+        return ""
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    if proxy_bypass(host):
+        return ""
+    return proxies.get(scheme, "")
