@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import threading
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,32 +21,25 @@ from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import BlobFeature, BlobInfo
 from nydus.storage.backend import Backend
 from nydus.storage.decode import Decoder
+from nydus.storage.fetch import Buffer, Fetcher, Patience
 from nydus.storage.flusher import DIRTY_BYTES, flusher
 from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, Store, write_aside
 
 log = logging.getLogger(__name__)
 
-Buffer = bytes | memoryview
-
 BLOCK = 4096
-#: Requests of one reader that run at the same time.
-_PARALLEL = 4
 #: Lists of more buffers than this are joined: the kernel takes 1024 in one call.
 _MAX_BUFFERS = 256
 _ZEROS = bytes(BLOCK)
 
 
-class _Flight:
-    """Units that are being fetched in one request. ``done`` is set once, whatever happens."""
+class _Opening:
+    """An attempt to open that others wait for. ``done`` is set once, whatever happens."""
 
-    __slots__ = ("data", "demanded", "done", "errors", "units")
-
-    def __init__(self, units: list[int], demanded: set[int]) -> None:
-        self.units = units
-        self.demanded = demanded  # the others are only there because they lie beside them
-        self.data: dict[int, Buffer] = {}
-        self.errors: dict[int, NydusError] = {}
+    def __init__(self, local: bool) -> None:
+        self.local = local
         self.done = threading.Event()
+        self.error: NydusError | None = None
 
 
 @dataclass(slots=True)
@@ -136,20 +126,20 @@ class BlobCache:
         self._amplify = amplify
         self._validate = validate
         self._meta_id = meta_id
-        self._attempts = attempts
-        self._deadline = deadline
+        self._closing = threading.Event()
+        self._patience = Patience(attempts, deadline, self._closing)
         #: Device length: whole blocks, at least the uncompressed blob.
         self.length = -(-blob.uncompressed_size // BLOCK) * BLOCK
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
-        self._opening: _Flight | None = None
-        self._flights: dict[int, _Flight] = {}
-        self._closing = threading.Event()
+        self._opening: _Opening | None = None
+        self._fetcher: Fetcher | None = None
         self._flush_lock = threading.Lock()
         self._dirty: list[int] = []
         self._dirty_bytes = 0
         self._wrong: list[int] = []
         self._unsealed = False
+        self._unkept: list[tuple[str, bytes]] = []
         self._no_space_until = 0.0
         self._demand = 0
         self._last_demand = 0.0
@@ -157,7 +147,7 @@ class BlobCache:
         self._reads = self._whole = self._partial = self._prefetched = self._prefetches = 0
 
     def read(self, offset: int, length: int) -> list[Buffer]:
-        """The bytes of a range as buffers to send one after the other; fewer only at the device's end.
+        """The bytes of a range as buffers to send one after the other; fewer only at the end.
 
         Bytes that no chunk covers are zeros.
         """
@@ -260,6 +250,7 @@ class BlobCache:
 
     def _flush(self, opened: _Opened) -> bool:
         with self._flush_lock:
+            self._keep_chunks()
             with self._lock:
                 rows, self._dirty, self._dirty_bytes = self._dirty, [], 0
                 wrong, self._wrong = self._wrong, []
@@ -291,11 +282,9 @@ class BlobCache:
     def close(self) -> None:
         """Flush, record what is verified, and let go of the files. Waiting readers get an error soon."""
         self._closing.set()
-        with self._lock:
-            flights = set(self._flights.values())
-        limit = time.monotonic() + 1
-        for flight in flights:
-            flight.done.wait(max(0.0, limit - time.monotonic()))
+        fetcher, self._fetcher = self._fetcher, None
+        if fetcher is not None:
+            fetcher.drain(1.0)
         with self._lock:
             opened, self._opened = self._opened, None
         if opened is None or not self._flush(opened) or not self._unsealed:
@@ -347,10 +336,10 @@ class BlobCache:
         with self._lock:
             if self._opened is not None:
                 return self._opened
-            flight = self._opening
-            mine = flight is None
-            if flight is None:
-                flight = self._opening = _Flight([], set())
+            opening = self._opening
+            mine = opening is None
+            if opening is None:
+                opening = self._opening = _Opening(local)
         if mine:
             try:
                 opened = self._open_files(local)
@@ -359,18 +348,20 @@ class BlobCache:
                         raise BackendError(f"blob {self.blob.id}: the cache is closed")
                     self._opened = opened
             except NydusError as error:
-                flight.errors[0] = error
+                opening.error = error
             except BaseException as error:
-                flight.errors[0] = BackendError(f"blob {self.blob.id}: {error!r}")
+                opening.error = BackendError(f"blob {self.blob.id}: {error!r}")
                 raise
             finally:
                 with self._lock:
                     self._opening = None
-                flight.done.set()
-        elif not flight.done.wait(2 * self._deadline):
+                opening.done.set()
+        elif not opening.done.wait(2 * self._patience.deadline):
             raise BackendError(f"blob {self.blob.id}: its chunk table did not arrive in time")
-        if (failure := flight.errors.get(0)) is not None:
-            raise BackendError(f"blob {self.blob.id} cannot be read: {failure}") from failure
+        if not mine and opening.local and not local:
+            return self._open()  # that one did not try hard
+        if opening.error is not None:
+            raise BackendError(f"blob {self.blob.id} cannot be read: {opening.error}") from opening.error
         opened_now = self._opened
         if opened_now is None:
             raise BackendError(f"blob {self.blob.id}: the cache is closed")
@@ -395,17 +386,29 @@ class BlobCache:
         states = np.where(~verifiable & (states == SUSPECT), MISSING, states)
         if self._validate:
             states = np.where(verifiable & (states == READY), SUSPECT, states)
-        states = np.where(known, states, READY).astype(np.uint8)
-        return _Opened(
+        found = bytearray(np.where(known, states, READY).astype(np.uint8).tobytes())
+        wanted = verifiable if verifiable.any() else known
+        opened = _Opened(
             chunks=chunks,
             decoder=decoder,
             store=store,
             starts=array("q", chunks.uoffset.astype("<i8").tobytes()),
-            states=bytearray(states.tobytes()),
+            states=found,
             from_files=from_files,
             placed=np.where(verifiable & self._validate, SUSPECT, READY).astype(np.uint8),
-            wanted=verifiable if verifiable.any() else known,
+            wanted=wanted,
         )
+        self._fetcher = Fetcher(
+            self.blob.id,
+            self._backend,
+            decoder,
+            self._patience,
+            missing=lambda row: opened.states[row] == MISSING,
+            spare=lambda row: opened.states[row] == MISSING and bool(wanted[row]),
+            place=lambda decoded: self._place(opened, decoded),
+            amplify=self._amplify,
+        )
+        return opened
 
     def _load_chunks(self, local: bool) -> tuple[ChunkMap, bool]:
         if isinstance(self._chunks, ChunkMap):
@@ -418,14 +421,21 @@ class BlobCache:
         if local:
             raise CacheError(f"blob {self.blob.id}: no usable blob.meta in {self.work_dir}")
         chunks = self._repeat(self._fetch_chunks)
-        try:
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-            if chunks.digests is not None:
-                write_aside(self._file("digest"), chunks.digests.tobytes())
-            write_aside(self._file("meta"), blobmeta.to_cache_file(chunks))
-        except OSError as error:
-            log.warning("blob.meta of %s cannot be kept: %s", self.blob.id, error)
+        # Encoded here, before the bootstrap's digests are added; written by the flusher, as syncs take time.
+        self._unkept = [("meta", blobmeta.to_cache_file(chunks))]
+        if chunks.digests is not None:
+            self._unkept.insert(0, ("digest", chunks.digests.tobytes()))
+        flusher.changed(self)
         return chunks, False
+
+    def _keep_chunks(self) -> None:
+        """Write the chunk table beside the data."""
+        unkept, self._unkept = self._unkept, []
+        try:
+            for suffix, data in unkept:
+                write_aside(self._file(suffix), data)
+        except OSError as error:
+            log.warning("blob.meta of %s cannot be kept: %s", self.blob.id, error.strerror)
 
     def _file(self, suffix: str) -> Path:
         return self.work_dir / f"{self.blob.id}.blob.{suffix}"
@@ -459,27 +469,20 @@ class BlobCache:
             try:
                 return get()
             except BackendError as error:
-                if error.permanent or not self._again(attempt, started):
+                if error.permanent or not self._patience.again(attempt, started):
                     raise
             except FormatError:
-                if not self._again(attempt, started):
+                if not self._patience.again(attempt, started):
                     raise
             attempt += 1
-
-    def _again(self, attempt: int, started: float) -> bool:
-        """Whether to try again after a failed attempt; waits a little before."""
-        pause = 0.1 * 2**attempt
-        if attempt >= self._attempts or time.monotonic() + pause - started > self._deadline:
-            return False
-        return not self._closing.wait(pause)
 
     # Filling
 
     def _gather(self, opened: _Opened, first: int, last: int, *, prefetch: bool = False) -> dict[int, Buffer]:
         """Make a run of chunks ready; gives the bytes of those that had to be decoded or checked."""
         got: dict[int, Buffer] = {}
-        states, unit_of = opened.states, opened.decoder.unit_of
-        limit = time.monotonic() + self._deadline
+        states = opened.states
+        limit = time.monotonic() + self._patience.deadline
         while True:
             row = states.find(SUSPECT, first, last)
             while row >= 0:
@@ -491,19 +494,19 @@ class BlobCache:
                 missing = [row for row in missing if opened.wanted[row]]
             if not missing:
                 return got
-            if self._closing.is_set():
+            fetcher = self._fetcher
+            if fetcher is None:
                 raise BackendError(f"blob {self.blob.id}: the cache is closed")
-            mine, joined = self._plan(opened, missing, prefetch)
-            self._run(opened, mine)
-            for flight in (*mine, *joined):
-                if not flight.done.wait(max(0.0, limit - time.monotonic())):
-                    raise BackendError(f"blob {self.blob.id}: no answer within {self._deadline:g} s")
-                got.update((row, flight.data[row]) for row in missing if row in flight.data)
-                for unit, error in flight.errors.items():
-                    if any(unit_of[row] == unit for row in missing):
-                        raise BackendError(str(error)) from error
-            if time.monotonic() > limit and any(row not in got and states[row] == MISSING for row in missing):
-                raise BackendError(f"blob {self.blob.id}: no answer within {self._deadline:g} s")
+            if time.monotonic() > limit:
+                raise BackendError(f"blob {self.blob.id}: no answer within {self._patience.deadline:g} s")
+            extend = not prefetch and time.monotonic() > self._no_space_until
+            try:
+                got |= fetcher.fetch(missing, limit, extend=extend)
+            except BackendError as error:
+                if opened.from_files and isinstance(error.__cause__, FormatError):
+                    # Perhaps it is the table that is wrong. The next one to open this blob gets a new one.
+                    self._file("meta").unlink(missing_ok=True)
+                raise
 
     def _check_suspect(self, opened: _Opened, row: int) -> bytes | None:
         """The bytes of a chunk found in the cache if they are right; else it is missing from now on."""
@@ -525,143 +528,7 @@ class BlobCache:
             self._unsealed = True
         return data
 
-    def _plan(
-        self, opened: _Opened, missing: Iterable[int], prefetch: bool
-    ) -> tuple[list[_Flight], list[_Flight]]:
-        """Requests to make for missing chunks, and requests of others to wait for."""
-        decoder, states = opened.decoder, opened.states
-        mine: list[int] = []
-        joined: dict[int, _Flight] = {}
-        with self._lock:
-            for unit in dict.fromkeys(decoder.unit_of[list(missing)].tolist()):
-                flight = self._flights.get(unit)
-                if flight is not None:
-                    joined[id(flight)] = flight
-                elif any(states[row] == MISSING for row in decoder.rows(unit).tolist()):
-                    mine.append(unit)
-            flights = [_Flight(units, set(units)) for units in self._split(decoder, sorted(mine))]
-            if flights and not prefetch and time.monotonic() > self._no_space_until:
-                self._extend(opened, flights[-1], set(mine))
-            for flight in flights:
-                self._flights.update(dict.fromkeys(flight.units, flight))
-        return flights, list(joined.values())
-
-    def _split(self, decoder: Decoder, units: list[int]) -> list[list[int]]:
-        """Neighbours in the blob together, but not so much that nothing could run in parallel."""
-        limit = max(self._amplify, 128 << 10)
-        gap = self._amplify // 128
-        result: list[list[int]] = []
-        start = end = memory = 0
-        for unit in units:
-            offset, size = int(decoder.offset[unit]), int(decoder.size[unit])
-            memory += int(decoder.memory[unit])
-            near = result and start <= offset <= end + gap
-            if near and offset + size - start <= limit and memory <= 4 * limit:
-                result[-1].append(unit)
-                end = max(end, offset + size)
-            else:
-                result.append([unit])
-                start, end, memory = offset, offset + size, int(decoder.memory[unit])
-        return result
-
-    def _extend(self, opened: _Opened, flight: _Flight, taken: set[int]) -> None:
-        """Add the missing units that follow, up to ``amplify`` stored bytes."""
-        decoder, states = opened.decoder, opened.states
-        gap = self._amplify // 128
-        start = int(decoder.offset[flight.units[0]])
-        last = flight.units[-1]
-        end = int(decoder.offset[last]) + int(decoder.size[last])
-        memory = int(decoder.memory[flight.units].sum())
-        for unit in range(last + 1, len(decoder.offset)):
-            offset, size = int(decoder.offset[unit]), int(decoder.size[unit])
-            memory += int(decoder.memory[unit])
-            if not start <= offset <= end + gap or offset + size - start > self._amplify:
-                return
-            if memory > 4 * self._amplify:
-                return
-            if unit in self._flights or unit in taken or size == 0:
-                continue
-            if not any(states[row] == MISSING and opened.wanted[row] for row in decoder.rows(unit).tolist()):
-                continue
-            flight.units.append(unit)
-            end = max(end, offset + size)
-
-    def _run(self, opened: _Opened, flights: list[_Flight]) -> None:
-        """Fetch all, a few at a time, one of them in this thread."""
-        waiting = deque(flights)
-
-        def work() -> None:
-            while True:
-                try:
-                    flight = waiting.popleft()
-                except IndexError:
-                    return
-                self._fetch(opened, flight)
-
-        for _ in range(min(len(flights), _PARALLEL) - 1):
-            threading.Thread(target=work, name="blob-fetch", daemon=True).start()
-        work()
-
-    def _fetch(self, opened: _Opened, flight: _Flight) -> None:
-        started = time.monotonic()
-        pending = flight.units
-        errors: dict[int, NydusError] = {}
-        attempt = 1
-        try:
-            while pending:
-                errors = self._attempt(opened, flight, pending)
-                extended = len(pending) > len(flight.demanded)
-                # What was only taken along is not worth a second attempt, and may be what spoils the first.
-                pending = [unit for unit in pending if unit in errors and unit in flight.demanded]
-                hopeless = all(isinstance(e, BackendError) and e.permanent for e in errors.values())
-                if pending and ((hopeless and not extended) or not self._again(attempt, started)):
-                    break
-                attempt += 1
-            flight.errors = {unit: errors[unit] for unit in pending}
-        except BaseException as error:
-            failure = BackendError(f"blob {self.blob.id}: {error!r}")
-            flight.errors = dict.fromkeys(flight.demanded, failure)
-            raise
-        finally:
-            with self._lock:
-                for unit in flight.units:
-                    del self._flights[unit]
-            flight.done.set()
-        if flight.errors:
-            unit, first = next(iter(flight.errors.items()))
-            log.error(
-                "blob %s: cannot read %d bytes at offset %#x: %s",
-                self.blob.id,
-                int(opened.decoder.size[unit]),
-                int(opened.decoder.offset[unit]),
-                first,
-            )
-            if opened.from_files and any(isinstance(e, FormatError) for e in flight.errors.values()):
-                # Perhaps it is the table that is wrong. The next one to open this blob fetches a new one.
-                self._file("meta").unlink(missing_ok=True)
-
-    def _attempt(self, opened: _Opened, flight: _Flight, units: list[int]) -> dict[int, NydusError]:
-        """One request for some units: place what is right, and tell what is wrong with the others."""
-        decoder = opened.decoder
-        start = int(decoder.offset[units].min())
-        end = int((decoder.offset[units] + decoder.size[units]).max())
-        try:
-            stored = memoryview(self._backend.read(self.blob.id, start, end - start))
-        except BackendError as error:
-            return dict.fromkeys(units, error)
-        errors: dict[int, NydusError] = {}
-        decoded: list[tuple[int, Buffer]] = []
-        for unit in units:
-            at = int(decoder.offset[unit]) - start
-            try:
-                decoded += decoder.decode(unit, stored[at : at + int(decoder.size[unit])])
-            except FormatError as error:
-                errors[unit] = error
-        flight.data.update(decoded)
-        self._place(opened, decoded)
-        return errors
-
-    def _place(self, opened: _Opened, decoded: list[tuple[int, Buffer]]) -> None:
+    def _place(self, opened: _Opened, decoded: Sequence[tuple[int, Buffer]]) -> None:
         """Write verified chunks, adjacent ones together, and mark them ready."""
         run: list[Buffer] = []
         rows: list[int] = []
@@ -689,12 +556,7 @@ class BlobCache:
             # Readers still get the bytes they wait for; only the next ones have to fetch them again.
             now = time.monotonic()
             if now > self._no_space_until:
-                what = (
-                    "disk full"
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                    else os.strerror(error.errno or 0)
-                )
-                log.warning("cache file %s cannot be written: %s", opened.store.path, what)
+                log.warning("cache file %s cannot be written: %s", opened.store.path, error.strerror)
             self._no_space_until = now + 10
             return
         for row in rows:
