@@ -1,0 +1,105 @@
+"""Directory blocks; rafs.md 2.8."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nydus.rafs import ragged
+from nydus.rafs.model import Array, Tree
+from nydus.rafs.v6 import layout
+
+_DOT = ord(".")
+
+
+class Dirents:
+    """The entries of some directories, cut into blocks. Made before inodes have places, emitted after.
+
+    Attributes:
+        sizes: bytes of each directory.
+        blocks: number of blocks of each directory.
+    """
+
+    def __init__(self, tree: Tree, directories: Array, block: int) -> None:
+        nodes = tree.nodes
+        self.block = block
+        self.heap = np.concatenate([np.frombuffer(tree.names, np.uint8), np.array([_DOT, _DOT], np.uint8)])
+        counts = nodes["child_count"][directories].astype(np.int64)
+        self._list(nodes, directories, counts)
+        self._cut(counts + 2)
+
+    def _list(self, nodes: Array, directories: Array, counts: Array) -> None:
+        """All entries of all directories, with ``.`` and ``..`` sorted among the names."""
+        children = ragged.indexes(nodes["first_child"][directories], counts)
+        owner = np.repeat(np.arange(len(directories)), counts)
+        starts = nodes["name_offset"][children].astype(np.int64)
+        lead, second = self.heap[starts], self.heap[starts + 1]
+        before_dot = lead < _DOT
+        before_dots = before_dot | ((lead == _DOT) & (second < _DOT))
+        base = ragged.starts_of(counts + 2).astype(np.int64)
+        position = ragged.indexes(base, counts) + ~before_dot + ~before_dots
+        dot = base + np.bincount(owner[before_dot], minlength=len(directories))
+        dots = base + np.bincount(owner[before_dots], minlength=len(directories)) + 1
+        total = len(children) + 2 * len(directories)
+        self.rows = np.empty(total, np.int64)
+        self.starts = np.empty(total, np.int64)
+        self.lengths = np.empty(total, np.int64)
+        self.rows[position], self.rows[dot], self.rows[dots] = (
+            children,
+            directories,
+            nodes["parent"][directories],
+        )
+        self.starts[position], self.starts[dot], self.starts[dots] = (
+            starts,
+            len(self.heap) - 2,
+            len(self.heap) - 2,
+        )
+        self.lengths[position], self.lengths[dot], self.lengths[dots] = nodes["name_length"][children], 1, 2
+
+    def _cut(self, totals: Array) -> None:
+        """Fill blocks greedily."""
+        ends = np.cumsum(self.lengths + layout.DIRENT.itemsize)
+        first = ragged.starts_of(totals).astype(np.int64)
+        before = np.concatenate([[0], ends])
+        sizes = before[first + totals] - before[first]
+        extra: list[int] = []
+        for directory in np.flatnonzero(sizes > self.block).tolist():
+            entry, stop = int(first[directory]), int(first[directory] + totals[directory])
+            while True:
+                entry = int(np.searchsorted(ends, before[entry] + self.block, side="right"))
+                if entry >= stop:
+                    break
+                extra.append(entry)
+        self.first = np.sort(np.concatenate([first, np.array(extra, np.int64)]))
+        self.counts = np.diff(np.append(self.first, len(ends)))
+        used = before[self.first + self.counts] - before[self.first]
+        block_of = np.searchsorted(self.first, first)
+        self.blocks = np.diff(np.append(block_of, len(self.first)))
+        self.sizes = (self.blocks - 1) * self.block + used[block_of + self.blocks - 1]
+
+    def emit(self, out: Array, places: Array, nids: Array, types: Array) -> None:
+        """Write all blocks.
+
+        Args:
+            out: the bootstrap (u1), zeroed.
+            places: byte offset of each block.
+            nids, types: by row of the tree.
+        """
+        owner = np.repeat(np.arange(len(self.first)), self.counts)
+        number = np.arange(len(self.rows)) - self.first[owner]
+        text = np.cumsum(self.lengths) - self.lengths
+        offsets = layout.DIRENT.itemsize * self.counts[owner] + text - text[self.first][owner]
+        entries = np.zeros(len(self.rows), layout.DIRENT)
+        entries["nid"], entries["name_offset"] = nids[self.rows], offsets
+        entries["type"] = types[self.rows]
+        base = places[owner]
+        scatter(out, base + number * layout.DIRENT.itemsize, entries)
+        ragged.copy(out, base + offsets, self.heap, self.starts, self.lengths)
+
+
+def scatter(out: Array, places: Array, records: Array) -> None:
+    """Write one record at each byte offset of ``out`` (u1)."""
+    if not len(records):
+        return
+    size = records.dtype.itemsize
+    windows = np.lib.stride_tricks.sliding_window_view(out, size, writeable=True)
+    windows[places] = records.view(np.uint8).reshape(-1, size)
