@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from nydus.oci import model
+from nydus.oci.layout import Layout
 from nydus.oci.registry import Repository
 
 
@@ -18,16 +18,15 @@ def push(
     Returns:
         The manifest's digest.
     """
-    blobs = layout / "blobs" / "sha256"
-    named = json.loads((layout / "index.json").read_bytes())["manifests"][0]
-    data = (blobs / named["digest"].removeprefix("sha256:")).read_bytes()
+    source = Layout(layout)
+    described, data = source.manifest()
     manifest = model.decode(data, model.Manifest, str(layout))
     done = 0
     for blob in (*manifest.layers, manifest.config):
-        with repository.upload() as upload, open(blobs / blob.digest.removeprefix("sha256:"), "rb") as file:
-            while piece := file.read(1 << 20):
+        with repository.upload() as upload, source.blob(blob.digest, blob.size) as stream:
+            while piece := stream.read(1 << 20):
                 upload.write(piece)
                 done += len(piece)
                 progress(done)
             upload.commit(blob.digest)
-    return repository.put_manifest(tag, data, named["mediaType"]).digest
+    return repository.put_manifest(tag, data, described.media_type).digest
