@@ -1,0 +1,144 @@
+"""The documents of a Nydus image: manifest, config, and the bootstrap layer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from nydus import __version__
+from nydus.errors import FormatError
+from nydus.oci import model
+from nydus.oci.model import Descriptor, Manifest
+
+#: Where the bootstrap lies in its layer; the snapshotter finds it there.
+BOOTSTRAP = "image/image.boot"
+_BLOCK = 512
+_RECORD = 10240
+
+
+def bootstrap_layer(bootstrap: bytes, metas: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """Packs a bootstrap into the gzip tar that is the last layer of a Nydus image.
+
+    The tar is that of Go's archive writer (USTAR, no names, no times), so that it is the same everywhere.
+
+    Args:
+        metas: blob id (hex) -> bytes of its ``blob.meta`` file, in layer order; spares a daemon the read of
+            the end of each blob.
+
+    Returns:
+        The layer's bytes and its diff id.
+    """
+    tar = io.BytesIO()
+    tar.write(_header("image", tarfile.DIRTYPE, 0o755, 0))
+    files = {BOOTSTRAP: bootstrap} | {f"image/{blob}.blob.meta": data for blob, data in metas.items()}
+    for name, data in files.items():
+        tar.write(_header(name, tarfile.REGTYPE, 0o444, len(data)))
+        tar.write(data)
+        tar.write(bytes(-len(data) % _BLOCK))
+    tar.write(bytes(2 * _BLOCK))
+    plain = tar.getbuffer()
+    packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, wbits=31)
+    packed = packer.compress(plain) + packer.flush()
+    return packed, f"sha256:{hashlib.sha256(plain).hexdigest()}"
+
+
+def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.mode, entry.size = kind, mode, size
+    info: dict[str, Any] = dict(entry.get_info())
+    info["name"] = name  # tarfile would add a slash to the directory's
+    return entry.create_ustar_header(info, "ascii", "strict")
+
+
+def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], str]:
+    """The files of a bootstrap layer by their path in it, and its diff id.
+
+    Raises:
+        FormatError: it is no tar (plain or gzip), or has no bootstrap.
+    """
+    if data[:2] == b"\x1f\x8b":
+        inflater = zlib.decompressobj(wbits=31)
+        try:
+            data = inflater.decompress(data, _MAX_BOOTSTRAP_LAYER)
+        except zlib.error as error:
+            raise FormatError(f"damaged bootstrap layer: {error}", where=where) from error
+        if not inflater.eof:
+            what = "is larger than 1 GiB" if inflater.unconsumed_tail else "is cut short"
+            raise FormatError(f"the bootstrap layer {what}", where=where)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            files = {m.name.removeprefix("./"): archive.extractfile(m) for m in archive if m.isreg()}
+            contents = {name: file.read() for name, file in files.items() if file}
+    except tarfile.TarError as error:
+        raise FormatError(f"damaged bootstrap layer: {error}", where=where) from error
+    if BOOTSTRAP not in contents:
+        raise FormatError(f"the bootstrap layer has no {BOOTSTRAP}", where=where)
+    return contents, model.digest(data)
+
+
+_MAX_BOOTSTRAP_LAYER = 1 << 30
+
+
+def rewrite_config(raw: bytes, diff_ids: Iterable[str], where: str) -> bytes:
+    """The config of the source image with the layers of the Nydus image; every other key is kept."""
+    model.decode(raw, model.ImageConfig, where)
+    config: dict[str, Any] = json.loads(raw)
+    config["rootfs"] = {"type": "layers", "diff_ids": list(diff_ids)}
+    entry = {"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}
+    config["history"] = [*(config.get("history") or []), entry]
+    return model.encode(config)
+
+
+def rewrite_manifest(
+    source: Manifest,
+    source_digest: str,
+    source_reference: str,
+    config: Descriptor,
+    blobs: Iterable[Descriptor],
+    bootstrap: Descriptor,
+    *,
+    fs_version: int,
+    oci: bool,
+) -> Manifest:
+    """The manifest of a Nydus image.
+
+    Args:
+        source_digest: of the manifest that was converted (not of an index that names it).
+        oci: Docker's media types become those of OCI.
+    """
+    docker = source.media_type == model.DOCKER_MANIFEST and not oci
+    version = {model.NYDUS_FS_VERSION: str(fs_version)}
+    provenance = {
+        model.NYDUS_BUILDER_VERSION: f"v{__version__}-pynydus",
+        **version,
+        model.NYDUS_SOURCE_DIGEST: source_digest,
+        model.NYDUS_SOURCE_REFERENCE: source_reference,
+    }
+    return Manifest(
+        schema_version=2,
+        media_type=model.DOCKER_MANIFEST if docker else model.OCI_MANIFEST,
+        artifact_type=source.artifact_type,
+        config=config,
+        layers=(
+            *blobs,
+            msgspec.structs.replace(
+                bootstrap,
+                media_type=model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP,
+                annotations={model.NYDUS_BOOTSTRAP: "true", **version},
+            ),
+        ),
+        annotations={**(source.annotations or {}), **provenance},
+    )
+
+
+def config_type(source: Manifest, *, oci: bool) -> str:
+    """The media type of the config of a converted image."""
+    kind = source.config.media_type or model.OCI_CONFIG
+    return model.OCI_CONFIG if oci and kind == model.DOCKER_CONFIG else kind

@@ -1,0 +1,153 @@
+"""The conversion of one layer: source blob in, Nydus blob out, while both are on their way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nydus.build.layer import BuildOptions, build_layer
+from nydus.convert.options import ConvertOptions
+from nydus.errors import BackendError, FormatError
+from nydus.oci.model import Descriptor
+from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
+from nydus.rafs.model import Compression, Tree
+
+_COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
+_REPORT_SECONDS = 0.1
+
+#: (source bytes read, blob bytes built, blob bytes sent), called often.
+Report = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One layer to convert, with all that another process needs to know.
+
+    Attributes:
+        number: of the layer in its image, from 1; for messages.
+    """
+
+    number: int
+    layer: Descriptor
+    source: SourcePlace
+    target: SinkPlace
+    options: ConvertOptions
+
+
+@dataclass(slots=True)
+class Converted:
+    """One layer that is in the target.
+
+    Attributes:
+        tree: its file system, for the merge.
+        meta: its ``blob.meta`` file, b"" for a layer without file data.
+        duplicates: chunks that were found more than once.
+    """
+
+    digest: str
+    size: int
+    tree: Tree
+    meta: bytes
+    duplicates: int
+    seconds: float
+
+
+def build_options(options: ConvertOptions) -> BuildOptions:
+    """What the builder is told for a layer of an image."""
+    from nydus.build.merge import Whiteout
+
+    six = options.fs_version == 6
+    return BuildOptions(
+        version=options.fs_version,
+        compression=_COMPRESSIONS[options.compressor],
+        chunk_size=options.chunk_size,
+        batch_size=options.batch_size,
+        inline_meta=True,
+        toc=six,
+        aligned=options.aligned_chunk,
+        whiteout=Whiteout.NONE,
+        prefetch_table=True,
+    )
+
+
+_opened: dict[SourcePlace | SinkPlace, Source] = {}
+_opened_sinks: dict[SinkPlace, Sink] = {}
+
+
+def convert_layer(job: Job, report: Report) -> Converted:
+    """Converts one layer; a network failure makes it begin again.
+
+    Raises:
+        BackendError: the source cannot be read or the target not be written.
+        FormatError: the layer is damaged; the message names it.
+    """
+    source = _opened.get(job.source) or _opened.setdefault(job.source, job.source.open())
+    sink = _opened_sinks.get(job.target) or _opened_sinks.setdefault(job.target, job.target.open_sink())
+    for attempt in range(1, job.options.attempts + 1):
+        try:
+            return _convert(job, source, sink, report)
+        except BackendError as error:
+            if error.permanent or attempt == job.options.attempts:
+                raise BackendError(
+                    f"layer {job.number}: {error}", permanent=error.permanent, status=error.status
+                ) from error
+            time.sleep(job.options.retry_delay)
+    raise AssertionError("unreachable")
+
+
+def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
+    started = time.monotonic()
+    where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
+    stream = source.blob(job.layer.digest, job.layer.size)
+    try:
+        with sink.upload() as upload:
+            counted = _Counted(stream, upload, report)
+            try:
+                result = build_layer(
+                    counted, counted.write, build_options(job.options), job.options.prefetch, where
+                )
+                counted.drain()
+            except FormatError:
+                # Bytes that are not what the digest says explain why they cannot be understood.
+                counted.drain()
+                raise
+            digest = f"sha256:{result.blob_digest}"
+            upload.commit(digest)
+            counted.tell(final=True)
+    finally:
+        stream.close()
+    meta = result.blob_meta if job.options.fs_version == 6 else b""
+    seconds = time.monotonic() - started
+    return Converted(digest, result.blob_size, result.tree, meta, result.duplicates, seconds)
+
+
+class _Counted:
+    """Counts what passes in and out of the builder."""
+
+    def __init__(self, stream: Stream, upload: Writer, report: Report) -> None:
+        self._stream, self._upload, self._report = stream, upload, report
+        self._read = self._built = 0
+        self._told = 0.0
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self._read += len(data)
+        self.tell()
+        return data
+
+    def write(self, data: bytes) -> None:
+        self._upload.write(data)
+        self._built += len(data)
+        self.tell()
+
+    def drain(self) -> None:
+        """Reads what follows the archive, so that the digest of the whole blob is checked."""
+        while self.read(1 << 20):
+            pass
+
+    def tell(self, final: bool = False) -> None:
+        now = time.monotonic()
+        if final or now - self._told > _REPORT_SECONDS:
+            self._told = now
+            self._report(self._read, self._built, self._built if final else self._upload.sent)
