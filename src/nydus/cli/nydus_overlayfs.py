@@ -40,6 +40,8 @@ _FLAGS = {
     "strictatime": (0x1000000, True),
     "nostrictatime": (0x1000000, False),
 }
+# MS_* -> MOUNT_ATTR_*
+_ATTRIBUTES = {0x1: 0x1, 0x2: 0x2, 0x4: 0x4, 0x8: 0x8, 0x400: 0x10, 0x1000000: 0x20, 0x800: 0x80}
 _PATHS = ("lowerdir", "upperdir", "workdir")
 
 
@@ -104,16 +106,44 @@ def main() -> None:
         sys.exit(1)
     target = os.path.join(os.getcwd(), arguments[1])
     flags, data = parse_options(arguments[3])
-    # mount(2) silently cuts its options at a page.
-    if len(os.fsencode(data)) >= os.sysconf("SC_PAGESIZE") - 512:
+    try:
+        _mount(target, flags, data)
+    except OSError as error:
+        print(f"nydus-overlayfs: {target}: cannot mount an overlay: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _mount(target: str, flags: int, data: str) -> None:
+    page = os.sysconf("SC_PAGESIZE")
+    if len(os.fsencode(data)) >= page - 512:
         directory, data = shorten(data)
         if directory is not None:
             os.chdir(directory)
-    if len(os.fsencode(data)) >= os.sysconf("SC_PAGESIZE"):
-        print(f"nydus-overlayfs: {target}: the mount options are longer than a page", file=sys.stderr)
-        sys.exit(1)
+    if len(os.fsencode(data)) >= page:  # mount(2) would silently cut it
+        _mount_piecemeal(target, flags, data)
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"overlay", os.fsencode(target), b"overlay", ctypes.c_ulong(flags), os.fsencode(data)):
-        reason = os.strerror(ctypes.get_errno())
-        print(f"nydus-overlayfs: {target}: cannot mount an overlay: {reason}", file=sys.stderr)
-        sys.exit(1)
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _mount_piecemeal(target: str, flags: int, data: str) -> None:
+    """One option, and one layer, at a time: Linux 6.5 and newer."""
+    from nydus.mount import syscalls
+
+    attributes = sum(attribute for flag, attribute in _ATTRIBUTES.items() if flags & flag)
+    with syscalls.FsContext("overlay") as context:
+        for option in split_options(data):
+            key, equals, value = option.partition("=")
+            if key == "lowerdir":
+                for layer in value.split(":"):
+                    context.set("lowerdir+", layer)
+            else:
+                context.set(key, value if equals else None)
+        context.create()
+        mounted = context.mount(attributes)
+        try:
+            syscalls.attach(mounted, target)
+        finally:
+            os.close(mounted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -18,14 +17,13 @@ from typing import Protocol
 
 from nydus.daemon.client import DaemonClient, DaemonError
 from nydus.errors import MountError, NydusError
+from nydus.mount import syscalls
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
 """Seconds a daemon may take until it serves; a registry that does not answer is given up before that."""
 STOP_TIMEOUT = 10.0
-
-_MNT_DETACH = 2
 
 
 class Launcher(Protocol):
@@ -194,11 +192,10 @@ def detach(path: Path) -> None:
         MountError: the kernel refuses.
     """
     for where in mounts_below(path):
-        if _umount2(os.fsencode(where), _MNT_DETACH) and ctypes.get_errno() not in (2, 22):
-            raise MountError(f"cannot unmount {where}: {os.strerror(ctypes.get_errno())}")
-
-
-_umount2 = ctypes.CDLL(None, use_errno=True).umount2
+        try:
+            syscalls.detach(where)
+        except OSError as error:
+            raise MountError(f"cannot unmount {where}: {error.strerror}") from error
 
 
 def _unescape(field: bytes) -> bytes:

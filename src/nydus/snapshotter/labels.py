@@ -1,4 +1,4 @@
-"""Labels of snapshots: containerd forwards ``containerd.io/snapshot.ref`` and ``containerd.io/snapshot/*`` only.
+"""Labels of snapshots: those that containerd forwards, ``containerd.io/snapshot.ref`` and ``…/snapshot/*``.
 
 For the boolean ones presence counts, whatever the value: deployed images rely on it.
 """

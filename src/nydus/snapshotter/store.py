@@ -70,7 +70,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Store:
-    """The snapshot records in ``database`` and their directories ``<root>/<id>``, with ``fs`` and ``work``."""
+    """The snapshot records in ``database``, with the directories ``<root>/<id>/fs`` and ``…/work``."""
 
     def __init__(self, database: Database, root: Path) -> None:
         self._database, self._root = database, root
