@@ -1,15 +1,22 @@
-"""The demo: its image is real and reproducible, its figures come from what moved."""
+"""The demo: its image is real and reproducible, its figures come from what moved, nothing stays behind."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from nydus.demo import run as demo
 from nydus.demo.image import COMMAND, ENV, DemoImage, build
+from nydus.demo.report import Speed
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +53,83 @@ def test_image_runs_in_a_chroot(image: DemoImage, tmp_path: Path) -> None:
         check=False,
     )
     assert "the data is intact" in done.stdout, done.stderr
+
+
+def leftovers() -> set[str]:
+    """Mounts, folders and processes of any demo."""
+    found = {line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "nydus-demo-" in line}
+    found |= {str(path) for path in Path("/var/tmp").glob("nydus-demo-*")}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"nydus-demo-" in command:
+            found.add(command.decode(errors="replace"))
+    return found
+
+
+@pytest.mark.root
+def test_lazy_start_moves_less_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = leftovers()
+    monkeypatch.setattr(demo, "SPEEDS", (Speed("full speed", None), Speed("20 MB/s", 20_000_000)))
+    measured = demo.run(tmp_path / "demo.png", Console(file=sys.stdout, width=130))
+    assert [one.way for one in measured] == ["lazy", "ordinary"] * 2
+    for lazy, ordinary in (measured[:2], measured[2:]):
+        assert "the data is intact" in lazy.output
+        assert lazy.output == ordinary.output
+        assert lazy.fetched < ordinary.fetched / 2
+        assert lazy.disk < ordinary.disk / 2
+        assert 0 < lazy.ready < lazy.first_output
+        assert lazy.samples[-1][1] == lazy.fetched
+    assert measured[2].first_output < measured[3].first_output / 2
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "demo.png") in capsys.readouterr().out
+    assert leftovers() == before
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "moment",
+    ["making an image", "converting", "lazy, full speed", "ordinary, 3 MB/s"],
+    ids=lambda text: text[:5],
+)
+def test_interrupted_demo_leaves_nothing(tmp_path: Path, moment: str) -> None:
+    before = leftovers()
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console; from nydus.demo import run\n"
+        "begin = run.Steps.step\n"
+        "def step(self, title, total=None): print(title, flush=True); return begin(self, title, total)\n"
+        "run.Steps.step = step\n"
+        "run.run(Path(sys.argv[1]), Console(stderr=True))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "demo.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            if moment in line:
+                break
+        else:
+            pytest.fail(f"the demo never said {moment!r}")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    deadline = time.monotonic() + 5
+    while leftovers() != before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert leftovers() == before
+
+
+def test_refuses_without_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nydus.errors import NydusError
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(NydusError, match="run it as root"):
+        demo.run(tmp_path / "demo.png", Console())

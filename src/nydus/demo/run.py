@@ -30,6 +30,8 @@ from nydus.demo.image import COMMAND, ENV, DemoImage, build
 from nydus.demo.push import push
 from nydus.demo.report import Measurement, Speed
 from nydus.errors import NydusError
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
 from nydus.oci.registry import Registry
 from nydus.oci.server import RegistryServer
 
@@ -214,7 +216,9 @@ def prepare(folder: Path, server: RegistryServer, steps: Steps) -> DemoImage:
 
 def convert(source: str, target: str) -> None:
     """Convert an image of the embedded registry, as ``nydusify convert`` does."""
-    raise NotImplementedError
+    from nydus.convert.image import image
+
+    image(RegistryPlace(parse(source), plain_http=True), RegistryPlace(parse(target), plain_http=True))
 
 
 def show(demo: DemoImage, measurements: list[Measurement], picture: Path, console: Console) -> None:
