@@ -206,7 +206,7 @@ class BlobCache:
 
     @property
     def complete(self) -> bool:
-        """Whether every chunk that a file uses is in the cache, checked or not. Never blocks on the backend."""
+        """Whether every chunk that a file uses is in the cache, checked or not; asks no backend."""
         opened = self._opened or self._open_local()
         return opened is not None and not opened.missing()
 
@@ -293,7 +293,7 @@ class BlobCache:
             good = (np.frombuffer(opened.states, np.uint8) == READY) & opened.wanted
             opened.store.seal(np.flatnonzero(good))
         except OSError as error:
-            log.warning("cache file %s cannot be sealed: %s", opened.store.path, error)
+            log.warning("cache file %s cannot be sealed: %s", opened.store.path, error.strerror)
 
     def metrics(self) -> dict[str, Any]:
         """Counters in the JSON shape of ``/api/v1/metrics/blobcache`` (nydusd.md 3.6)."""

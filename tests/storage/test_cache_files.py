@@ -1,0 +1,455 @@
+"""The files of a cache: what is believed after an orderly stop, a kill, another program, another daemon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from storage_blobs import Blob, FaultyBackend, corrupted, make_blob
+
+from nydus.rafs import codec
+from nydus.storage.cache import BlobCache
+from nydus.storage.flusher import Flusher
+from nydus.storage.store import CacheError, Store
+
+SIZES = [4096, 100, 70000, 1 << 16, 5, 4097, 300000, 8192] * 6
+
+
+@pytest.fixture
+def blob() -> Blob:
+    return make_blob(SIZES)
+
+
+def cache_of(path: Path, blob: Blob, backend: FaultyBackend, **options: object) -> BlobCache:
+    return BlobCache(path, blob.info, blob.chunks, backend, **options)  # type: ignore[arg-type]
+
+
+def read(cache: BlobCache, offset: int, length: int) -> bytes:
+    return b"".join(cache.read(offset, length))
+
+
+def data_file(path: Path, blob: Blob) -> Path:
+    return path / f"{blob.info.id}.blob.data"
+
+
+def map_file(path: Path, blob: Blob) -> Path:
+    return path / f"{blob.info.id}.blob.data.chunk_map"
+
+
+def bits(path: Path, blob: Blob) -> np.ndarray:
+    raw = map_file(path, blob).read_bytes()
+    return np.unpackbits(np.frombuffer(raw[4096:], np.uint8), count=len(blob.chunks)).astype(bool)
+
+
+def fill(path: Path, blob: Blob, end: int | None = None) -> None:
+    cache = cache_of(path, blob, FaultyBackend(blob), amplify=0)
+    read(cache, 0, end or cache.length)
+    cache.close()
+
+
+def test_the_reference_layout(tmp_path: Path, blob: Blob) -> None:
+    offset, size = blob.ranges()[9]
+    fill(tmp_path, blob, offset + size)
+    raw = map_file(tmp_path, blob).read_bytes()
+    assert len(raw) == 4096 + (len(SIZES) + 7) // 8
+    assert raw[:16] == bytes.fromhex("50414d420100000050414d4300000000")
+    assert not any(raw[16:4096])
+    assert raw[4096:] == bytes([0xFF, 0xC0]) + bytes(4)
+    assert data_file(tmp_path, blob).stat().st_size == blob.info.uncompressed_size
+    fill(tmp_path, blob)
+    raw = map_file(tmp_path, blob).read_bytes()
+    assert raw[12:16] == bytes.fromhex("50414d4d")
+    assert raw[4096:] == b"\xff" * 6
+
+
+def test_nothing_is_fetched_twice_after_an_orderly_stop(tmp_path: Path, blob: Blob) -> None:
+    fill(tmp_path, blob)
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend)
+    assert cache.verified_file()
+    assert cache.ready(0, cache.length) or read(cache, 0, 1)
+    assert read(cache, 0, cache.length) == blob.image
+    assert cache.ready(0, cache.length)
+    assert not backend.requests
+
+
+def test_an_edited_file_is_noticed(tmp_path: Path, blob: Blob, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, blob)
+    offset, _ = blob.ranges()[3]
+    with data_file(tmp_path, blob).open("r+b") as file:
+        file.seek(offset + 50)
+        file.write(b"evil")
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend, amplify=0)
+    assert cache.verified_file() is None
+    assert cache.complete
+    assert read(cache, 0, cache.length) == blob.image
+    assert backend.fetches(blob).total() == 1
+    assert "wrong digest" in caplog.text
+    assert cache.verified_file()
+    cache.close()
+    assert bits(tmp_path, blob).all()
+    assert data_file(tmp_path, blob).read_bytes() == blob.image
+
+
+def test_a_wrong_chunk_loses_its_bit(tmp_path: Path, blob: Blob) -> None:
+    fill(tmp_path, blob)
+    with data_file(tmp_path, blob).open("r+b") as file:
+        file.seek(blob.ranges()[3][0])
+        file.write(b"evil")
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    assert cache.verify() == 1
+    cache.close()
+    assert np.flatnonzero(~bits(tmp_path, blob)).tolist() == [3]
+
+
+def test_ready_bits_over_holes(tmp_path: Path, blob: Blob) -> None:
+    """What a power cut leaves when bits are written before data, as another program may do."""
+    fill(tmp_path, blob, 1)
+    raw = bytearray(map_file(tmp_path, blob).read_bytes())
+    raw[4096:] = b"\xff" * (len(raw) - 4096)
+    map_file(tmp_path, blob).write_bytes(raw)
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    assert read(cache, 0, cache.length) == blob.image
+
+
+def test_an_unverifiable_cache_is_believed_only_after_an_orderly_stop(tmp_path: Path, blob: Blob) -> None:
+    digests, blob.chunks.digests = blob.chunks.digests, None
+    fill(tmp_path, blob)
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    assert cache.complete
+    cache.close()
+    # With digests at hand the same files are checked first.
+    blob.chunks.digests = digests
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    assert cache.verified_file() is None
+    assert cache.verify() == 0
+    assert cache.verified_file()
+    cache.close()
+    blob.chunks.digests = None
+    os.utime(data_file(tmp_path, blob))
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend)
+    assert read(cache, 0, cache.length) == blob.image
+    assert set(backend.fetches(blob).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "damage", ["data longer", "data shorter", "data gone", "map shorter", "map foreign", "map gone"]
+)
+def test_files_that_do_not_fit(tmp_path: Path, blob: Blob, damage: str) -> None:
+    fill(tmp_path, blob)
+    data, chunk_map = data_file(tmp_path, blob), map_file(tmp_path, blob)
+    if damage == "data longer":
+        os.truncate(data, len(blob.image) + 4096)
+    elif damage == "data shorter":
+        os.truncate(data, 4096)
+    elif damage == "data gone":
+        data.unlink()
+    elif damage == "map shorter":
+        os.truncate(chunk_map, 4097)
+    elif damage == "map foreign":
+        chunk_map.write_bytes(b"#!/bin/sh\n" + chunk_map.read_bytes()[10:])
+    else:
+        chunk_map.unlink()
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend)
+    assert read(cache, 0, cache.length) == blob.image
+    assert set(backend.fetches(blob).values()) == {1}
+    cache.close()
+    assert bits(tmp_path, blob).all()
+    assert data.read_bytes() == blob.image
+
+
+def test_a_file_truncated_while_open_is_an_error(tmp_path: Path, blob: Blob) -> None:
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    read(cache, 0, cache.length)
+    os.truncate(data_file(tmp_path, blob), 5000)
+    with pytest.raises(CacheError, match="truncated"):
+        cache.read(0, 8192)
+
+
+def test_validate_checks_every_read(tmp_path: Path, blob: Blob) -> None:
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend, validate=True)
+    assert read(cache, 0, cache.length) == blob.image
+    backend.requests.clear()
+    assert read(cache, 0, cache.length) == blob.image
+    assert not backend.requests
+    with data_file(tmp_path, blob).open("r+b") as file:
+        file.write(b"evil")
+    assert read(cache, 0, cache.length) == blob.image
+    assert len(backend.requests) == 1
+
+
+def test_a_directory_that_cannot_be_used(tmp_path: Path, blob: Blob) -> None:
+    (tmp_path / "file").write_text("")
+    cache = cache_of(tmp_path / "file", blob, FaultyBackend(blob))
+    with pytest.raises(Exception, match="file"):
+        cache.read(0, 1)
+
+
+def test_blob_meta_is_kept_and_fetched_again_when_damaged(tmp_path: Path) -> None:
+    from nydus.rafs import blobmeta
+
+    blob = make_blob(SIZES)
+    section = blobmeta.write(blob.chunks, len(blob.stored))
+    blob.stored += section
+    blob.info.compressed_size = len(blob.stored)
+    blob.info.features = blob.info.features | 0x4000_0001  # aligned, sections after the data
+    section = blobmeta.write(blob.chunks, blob.info.meta_offset)
+    blob.stored = blob.stored[: blob.info.meta_offset] + section
+    digests = blob.chunks.digests
+
+    def add(chunks: object) -> None:
+        chunks.digests = digests  # type: ignore[attr-defined]
+
+    def open_cache(backend: FaultyBackend) -> BlobCache:
+        return BlobCache(tmp_path, blob.info, None, backend, digests=add)
+
+    broken_backend = FaultyBackend(blob)
+    broken_backend.fault = corrupted
+    cache = open_cache(broken_backend)
+    assert not cache.complete  # asks nobody
+    assert not broken_backend.requests
+    with pytest.raises(Exception, match="blob"):
+        cache.read(0, 1)
+    broken_backend.fault = None
+    assert read(cache, 0, cache.length) == blob.image  # not broken for ever
+    cache.close()
+    meta = tmp_path / f"{blob.info.id}.blob.meta"
+    assert meta.read_bytes()[-4:] == struct.pack("<I", 0xB10BB10B)
+    backend = FaultyBackend(blob)
+    cache = open_cache(backend)
+    assert cache.verified_file()
+    assert not backend.requests
+    cache.close()
+    meta.write_bytes(meta.read_bytes()[:-5000])
+    cache = open_cache(backend)
+    assert read(cache, 0, cache.length) == blob.image
+    assert backend.requests
+    cache.close()
+
+
+def test_the_flusher_makes_bits_durable_in_time(
+    tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nydus.storage.cache.flusher", Flusher(0.05))
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    read(cache, 0, cache.length)
+    deadline = time.monotonic() + 5
+    while not bits(tmp_path, blob).all() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert bits(tmp_path, blob).all()
+
+
+def test_bits_are_written_after_the_data(tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, join = Store.sync, Store.join
+    monkeypatch.setattr(Store, "sync", lambda self: (events.append("sync"), sync(self))[1])
+    monkeypatch.setattr(Store, "join", lambda self, *args: (events.append("join"), join(self, *args))[1])
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    read(cache, 0, cache.length)
+    assert not bits(tmp_path, blob).any()
+    cache.flush()
+    assert events == ["sync", "join"]
+    assert bits(tmp_path, blob).all()
+
+
+def test_a_failed_sync_is_not_recorded(tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_store: Store) -> None:
+        raise OSError(5, "Input/output error")
+
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend)
+    read(cache, 0, cache.length)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "sync", fail)
+        cache.flush()
+    assert not bits(tmp_path, blob).any()
+    assert not cache.complete
+    assert read(cache, 0, cache.length) == blob.image
+    cache.close()
+    assert bits(tmp_path, blob).all()
+
+
+def test_two_caches_in_one_directory(tmp_path: Path, blob: Blob) -> None:
+    one, two = (cache_of(tmp_path, blob, FaultyBackend(blob), amplify=0) for _ in range(2))
+    half = blob.ranges()[24][0]
+    assert read(one, 0, half) == blob.image[:half]
+    assert read(two, half, two.length) == blob.image[half:]
+    one.flush()
+    two.flush()
+    assert bits(tmp_path, blob).all()
+    backend: FaultyBackend = two._backend  # type: ignore[assignment]
+    backend.requests.clear()
+    assert read(two, 0, two.length) == blob.image  # the other's chunks, checked
+    assert not backend.requests
+    one.close()
+    two.close()
+    assert data_file(tmp_path, blob).read_bytes() == blob.image
+
+
+_WORKER = """
+import random, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from storage_blobs import FaultyBackend, make_blob
+from nydus.storage.cache import BlobCache
+import nydus.storage.flusher
+nydus.storage.flusher.flusher._interval = 0.005
+blob = make_blob({sizes!r})
+seed = int(sys.argv[2])
+rng = random.Random(seed)
+print("go", flush=True)
+while True:
+    cache = BlobCache(Path(sys.argv[1]), blob.info, blob.chunks, FaultyBackend(blob), amplify=rng.choice((0, 50000)))
+    for _ in range(rng.randrange(1, 60)):
+        offset = rng.randrange(cache.length)
+        length = rng.randrange(1, 100000)
+        if b"".join(cache.read(offset, length)) != blob.image[offset:offset + length]:
+            print("WRONG", offset, length, flush=True)
+            sys.exit(3)
+    cache.close()
+    if rng.random() < 0.2 and not {keep!r}:
+        for path in Path(sys.argv[1]).iterdir():
+            path.unlink(missing_ok=True)
+"""
+
+
+def _worker(path: Path, seed: int, keep: bool) -> subprocess.Popen[bytes]:
+    code = _WORKER.format(tests=str(Path(__file__).parent), sizes=SIZES, keep=keep)
+    return subprocess.Popen([sys.executable, "-c", code, str(path), str(seed)], stdout=subprocess.PIPE)
+
+
+def _check_persisted(path: Path, blob: Blob) -> int:
+    if not map_file(path, blob).exists() or not data_file(path, blob).exists():
+        return 0
+    raw = map_file(path, blob).read_bytes()
+    if len(raw) < 4096:
+        return 0
+    image = data_file(path, blob).read_bytes()
+    found = bits(path, blob)
+    for row in np.flatnonzero(found):
+        offset, size = blob.ranges()[row]
+        assert blob.chunks.digests is not None
+        assert (
+            codec.digest(blob.info.digester, image[offset : offset + size])
+            == blob.chunks.digests[row].tobytes()
+        )
+    return int(found.sum())
+
+
+def test_kill_dash_nine(tmp_path: Path, blob: Blob) -> None:
+    """Forked fillers are killed at random moments; every persisted bit and every byte is compared."""
+    rng = random.Random(4)
+    work = tmp_path / "cache"
+    work.mkdir()
+    seen = 0
+    logging.disable(logging.CRITICAL)
+    try:
+        for turn in range(120):
+            pid = os.fork()
+            if pid == 0:
+                _filler(work, blob, turn)
+            time.sleep(rng.uniform(0.002, 0.06))
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFSIGNALED(status), "the filler found a wrong byte"
+            seen += _check_persisted(work, blob)
+            if turn % 10 == 9:
+                cache = cache_of(work, blob, FaultyBackend(blob))
+                assert read(cache, 0, cache.length) == blob.image
+                cache.close()
+                for path in work.iterdir():
+                    path.unlink()
+    finally:
+        logging.disable(logging.NOTSET)
+    assert seen > 100
+
+
+def _filler(work: Path, blob: Blob, seed: int) -> None:
+    """Runs in a forked child and never returns."""
+    status = 3
+    try:
+        import nydus.storage.cache
+
+        nydus.storage.cache.flusher = Flusher(0.002)
+        rng = random.Random(seed)
+        while True:
+            cache = cache_of(work, blob, FaultyBackend(blob), amplify=rng.choice((0, 50000)))
+            for _ in range(rng.randrange(1, 40)):
+                offset, length = rng.randrange(cache.length), rng.randrange(1, 100000)
+                if read(cache, offset, length) != blob.image[offset : offset + length]:
+                    return
+            cache.close()
+    except BaseException:
+        status = 4
+    finally:
+        os._exit(status)
+
+
+def test_two_processes_killed_and_started_in_one_directory(tmp_path: Path, blob: Blob) -> None:
+    work = tmp_path / "cache"
+    work.mkdir()
+    workers = [_worker(work, seed, keep=False) for seed in range(2)]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"go\n"
+        for seed in range(6):
+            time.sleep(0.2)
+            workers[seed % 2].kill()
+            workers[seed % 2].wait()
+            _check_persisted(work, blob)
+            workers[seed % 2] = _worker(work, 10 + seed, keep=False)
+        time.sleep(0.3)
+        assert [worker.poll() for worker in workers] == [None, None]
+    finally:
+        for worker in workers:
+            worker.kill()
+            output = worker.communicate()[0]
+            assert b"WRONG" not in output
+    cache = cache_of(work, blob, FaultyBackend(blob))
+    assert read(cache, 0, cache.length) == blob.image
+    cache.close()
+
+
+@pytest.mark.root
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    blob = make_blob([100_000] * 40)
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
+    try:
+        cache = cache_of(mount / "cache", blob, FaultyBackend(blob))
+        results: list[bool] = []
+
+        def reader(seed: int) -> None:
+            rng = random.Random(seed)
+            for _ in range(30):
+                offset, length = rng.randrange(cache.length), rng.randrange(1, 200000)
+                results.append(read(cache, offset, length) == blob.image[offset : offset + length])
+
+        threads = [threading.Thread(target=reader, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [True] * 120
+        assert not cache.complete
+        _check_persisted(mount / "cache", blob)
+        cache.close()
+        _check_persisted(mount / "cache", blob)
+    finally:
+        subprocess.run(["umount", mount], check=True)
