@@ -52,6 +52,20 @@ def load(path: str) -> Tree:
     return tree
 
 
+def dictionary_path(argument: str) -> str:
+    """The file that a ``--chunk-dict`` argument names: ``PATH`` or ``bootstrap=PATH``.
+
+    Raises:
+        NydusError: another kind of dictionary.
+    """
+    kind, equals, path = argument.partition("=")
+    if not equals:
+        return argument
+    if kind != "bootstrap":
+        raise NydusError(f"chunk dictionaries of kind {kind!r} are not supported; use bootstrap=PATH")
+    return path
+
+
 def stem(path: str) -> str:
     """The name of a file up to the first dot."""
     return os.path.basename(path).split(".", 1)[0]

@@ -29,7 +29,10 @@ class Whiteout(enum.Enum):
 
 
 class InconsistentLayers(NydusError):
-    """Layers that cannot be merged because they were built differently (exit code 2 of the command)."""
+    """Layers that cannot be merged because they were built differently."""
+
+    #: Of the command, as in the reference.
+    exit_code = 2
 
 
 #: A node of some layer: its number among all rows of all layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from io import FileIO
 from typing import Any, Protocol
 
 from nydus.errors import FormatError, NydusError
@@ -232,7 +233,7 @@ class Window:
             self.position += len(block)
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str) -> FileIO:
     """Open a regular file, FIFO or character device for :func:`blocks`.
 
     Raises:
