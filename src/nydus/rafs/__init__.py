@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from nydus.errors import FormatError
-from nydus.rafs import v6
+from nydus.rafs import v5, v6
 from nydus.rafs.buffer import Buffer, Source
 from nydus.rafs.model import Super, Tree
 
 #: Bytes at the start of a bootstrap that :func:`detect` needs.
 HEAD_SIZE = 1028
 
-__all__ = ["HEAD_SIZE", "Super", "Tree", "detect", "read", "superblock", "v6"]
+__all__ = ["HEAD_SIZE", "Super", "Tree", "detect", "read", "superblock", "v5", "v6", "write"]
 
 
 def detect(head: Source, where: str = "") -> int:
@@ -33,9 +33,16 @@ def detect(head: Source, where: str = "") -> int:
 
 def superblock(data: Source, where: str = "") -> Super:
     """The head of a bootstrap of either version, without its tree."""
+    if detect(data, where) == 5:
+        return v5.read_superblock(data, where)
     return v6.read_superblock(data, where)
 
 
 def read(data: Source, where: str = "") -> Tree:
     """The tree of a bootstrap of either version."""
-    return v6.read(data, where)
+    return v5.read(data, where) if detect(data, where) == 5 else v6.read(data, where)
+
+
+def write(tree: Tree) -> bytes:
+    """The bootstrap of a tree, in the version that ``tree.version`` says."""
+    return v5.write(tree) if tree.version == 5 else v6.write(tree)

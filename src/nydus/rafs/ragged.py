@@ -44,6 +44,15 @@ def join(source: Array, starts: Array, lengths: Array) -> Array:
     return result
 
 
+def scatter(out: Array, places: Array, records: Array) -> None:
+    """Write one record at each byte offset of ``out`` (u1)."""
+    if not len(records):
+        return
+    size = records.dtype.itemsize
+    windows = np.lib.stride_tricks.sliding_window_view(out, size, writeable=True)
+    windows[places] = records.view(np.uint8).reshape(-1, size)
+
+
 def compare_next(heap: Array, starts: Array, lengths: Array) -> Array:
     """How each name compares with the one after it: -1, 0 or 1 (i1, one shorter than the input).
 

@@ -92,14 +92,5 @@ class Dirents:
         entries["nid"], entries["name_offset"] = nids[self.rows], offsets
         entries["type"] = types[self.rows]
         base = places[owner]
-        scatter(out, base + number * layout.DIRENT.itemsize, entries)
+        ragged.scatter(out, base + number * layout.DIRENT.itemsize, entries)
         ragged.copy(out, base + offsets, self.heap, self.starts, self.lengths)
-
-
-def scatter(out: Array, places: Array, records: Array) -> None:
-    """Write one record at each byte offset of ``out`` (u1)."""
-    if not len(records):
-        return
-    size = records.dtype.itemsize
-    windows = np.lib.stride_tricks.sliding_window_view(out, size, writeable=True)
-    windows[places] = records.view(np.uint8).reshape(-1, size)

@@ -7,10 +7,10 @@ import stat
 import numpy as np
 
 from nydus.errors import FormatError
-from nydus.rafs import order, ragged
+from nydus.rafs import derived, order, ragged
 from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, SuperFlag, Tree, Xattrs
 from nydus.rafs.v6 import layout
-from nydus.rafs.v6.dirents import Dirents, scatter
+from nydus.rafs.v6.dirents import Dirents
 from nydus.rafs.v6.placement import CHUNKS, NOTHING, TAIL, place
 
 
@@ -73,7 +73,7 @@ class _Writer:
         inline[sequence] = placed.inline
         nids = ((inode - base) // layout.NID_SIZE).astype(np.uint64)
 
-        chunks = self.owned_chunks()
+        chunks = derived.owned_chunks(tree)
         records = chunk_table(chunks, tree.blobs)
         table_offset = _align(base + placed.end, layout.PAGE)
         size = _align(table_offset + records.nbytes, layout.PAGE)
@@ -105,11 +105,6 @@ class _Writer:
             extra = np.array([len(raw) for raw in self.xattrs], np.int64)
             result[index >= 0] += extra[index[index >= 0]]
         return result
-
-    def owned_chunks(self) -> Array:
-        """The chunks of all inodes, each inode once, in P-order."""
-        runs = self.nodes[["chunk", "chunk_count"]][self.owners]
-        return self.tree.chunks[ragged.indexes(runs["chunk"], runs["chunk_count"])]
 
     # -- tables --------------------------------------------------------------------------------------------
 
@@ -194,16 +189,16 @@ class _Writer:
         for name in ("mode", "uid", "gid", "mtime_ns"):
             result[name] = nodes[name]
         result["mtime"] = nodes["mtime"].astype(np.uint64)
-        result["nlink"] = nlinks(self.tree)[owners]
+        result["nlink"] = derived.nlinks(self.tree)[owners]
         result["u"][tailed] = data[owners[tailed]] // self.block
         result["u"][special] = nodes["rdev"][special]
         files = nodes[regular]
         result["u"][regular] = self.chunk_formats(files, chunks)
-        scatter(out, places, result)
+        ragged.scatter(out, places, result)
         for index, raw in enumerate(self.xattrs):
             rows = places[nodes["xattr"] == index] if len(self.xattrs) < 64 else None
             if rows is not None:
-                scatter(out, rows + layout.INODE.itemsize, _repeat(raw, len(rows)))
+                ragged.scatter(out, rows + layout.INODE.itemsize, _repeat(raw, len(rows)))
         if len(self.xattrs) >= 64:
             for place, index in zip(
                 places[extra > 0].tolist(), nodes["xattr"][extra > 0].tolist(), strict=True
@@ -240,7 +235,7 @@ class _Writer:
         index["block"] = chunks["uoffset"] // self.block
         size = layout.CHUNK_INDEX.itemsize
         starts = (ends + 7 & ~7) // size
-        scatter(out, ragged.indexes(starts, counts) * size, index)
+        ragged.scatter(out, ragged.indexes(starts, counts) * size, index)
 
     def write_targets(self, out: Array, links: Array, tails: Array, data: Array, inline: Array) -> None:
         links = links[self.nodes["link"][links] == links]
@@ -263,15 +258,6 @@ class _Writer:
         inlined = inline[directories]
         result[last[inlined]] = tails[directories[inlined]]
         return np.asarray(result)
-
-
-def nlinks(tree: Tree) -> Array:
-    """Link counts by row: names of the inode, or 2 + child directories."""
-    nodes = tree.nodes
-    names = np.bincount(nodes["link"], minlength=len(nodes))
-    is_directory = nodes["mode"] >> 12 == stat.S_IFDIR >> 12
-    parents = nodes["parent"][1:][is_directory[1:]]
-    return np.where(is_directory, 2 + np.bincount(parents, minlength=len(nodes)), names[nodes["link"]])
 
 
 def chunk_table(chunks: Array, blobs: list[BlobInfo]) -> Array:
