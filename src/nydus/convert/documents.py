@@ -20,7 +20,7 @@ from nydus.oci.model import Descriptor, Manifest
 #: Where the bootstrap lies in its layer; the snapshotter finds it there.
 BOOTSTRAP = "image/image.boot"
 _BLOCK = 512
-_RECORD = 10240
+_MAX_BOOTSTRAP_LAYER = 1 << 30
 
 
 def bootstrap_layer(bootstrap: bytes, metas: Mapping[str, bytes]) -> tuple[bytes, str]:
@@ -54,7 +54,11 @@ def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
     entry.type, entry.mode, entry.size = kind, mode, size
     info: dict[str, Any] = dict(entry.get_info())
     info["name"] = name  # tarfile would add a slash to the directory's
-    return entry.create_ustar_header(info, "ascii", "strict")
+    header = bytearray(entry.create_ustar_header(info, "ascii", "strict"))
+    header[329:345] = b"0000000\0" * 2  # device numbers, which tarfile leaves out
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], str]:
@@ -81,9 +85,6 @@ def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], s
     if BOOTSTRAP not in contents:
         raise FormatError(f"the bootstrap layer has no {BOOTSTRAP}", where=where)
     return contents, model.digest(data)
-
-
-_MAX_BOOTSTRAP_LAYER = 1 << 30
 
 
 def rewrite_config(raw: bytes, diff_ids: Iterable[str], where: str) -> bytes:

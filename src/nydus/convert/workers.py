@@ -164,7 +164,7 @@ def main() -> None:
 
     from nydus.convert.layer import convert_layer
 
-    while received := _receive(jobs):
+    while (received := _receive(jobs)) is not None:
         index, job = received
 
         def report(read: int, built: int, sent: int, index: int = index) -> None:
@@ -181,6 +181,7 @@ def main() -> None:
 
             traceback.print_exc()
             answer(("failed", NydusError(f"layer {job.number}: {type(error).__name__}: {error}")))
+    os._exit(0)  # nothing is left to tidy up, and an interpreter takes its time to do so
 
 
 def _stop(*_: object) -> None:

@@ -141,10 +141,14 @@ class LayoutPlace:
 
 @dataclass(frozen=True, slots=True)
 class ArchivePlace:
-    """The image of an archive, for reading."""
+    """The image of an archive, for reading.
+
+    ``name`` is what the image is called in messages and annotations; the path if it has none.
+    """
 
     path: Path
     target: str = ""
+    name: str = ""
 
     def open(self) -> Source:
         from nydus.oci.archive import open_archive
@@ -152,7 +156,7 @@ class ArchivePlace:
         return open_archive(self.path)
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.name or str(self.path)
 
 
 SourcePlace = RegistryPlace | LayoutPlace | ArchivePlace

@@ -1,0 +1,157 @@
+"""Command lines as Go's urfave/cli takes them, for scripts written for the reference's ``nydusify``.
+
+Long options may have one dash, flags may have ``=true`` or ``=false``, a wrong option is exit code 1 and an
+unknown command exit code 3. Options may come from environment variables; since the names of these are short
+common words (``SOURCE``, ``TARGET``), it is said when one is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from nydus.cli.lazy import LazyGroup
+from nydus.cli.logs import Log
+from nydus.errors import ConfigError, NydusError
+
+_TRUE, _FALSE = {"1", "t", "T", "true", "TRUE", "True"}, {"0", "f", "F", "false", "FALSE", "False"}
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class GoCommand(click.Command):
+    """A command whose options are read in Go's way."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, normalise(self, args))
+
+
+class GoGroup(LazyGroup):
+    """A group whose options are read in Go's way; without a command it prints its help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit(0)
+        return super().parse_args(ctx, normalise(self, args))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None:
+            click.echo(f"No help topic for '{args[0]}'", err=True)
+            ctx.exit(3)
+        return super().resolve_command(ctx, args)
+
+
+def normalise(command: click.Command, args: Sequence[str]) -> list[str]:
+    """Rewrites options up to the first positional argument into click's form."""
+    options = {name: p for p in command.params if isinstance(p, click.Option) for name in p.opts}
+    found: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or word in ("-", "--"):
+            return [*found, word, *rest]
+        name, equals, value = word.partition("=")
+        if re.fullmatch(r"-[A-Za-z][A-Za-z0-9-]+", name) and f"-{name}" in options:
+            name = f"-{name}"
+        option = options.get(name)
+        if option is None:
+            found.append(name + equals + value)
+        elif option.is_flag:
+            if equals and value in _FALSE:
+                continue
+            if equals and value not in _TRUE:
+                raise ConfigError(f"{name}: {value!r} is neither true nor false")
+            found.append(name)
+        else:
+            found += [name, value] if equals else [name, *rest[:1]]
+            del rest[: 0 if equals else 1]
+    return found
+
+
+def option(*names: str, env: str = "", help: str = "", **more: Any) -> Callable[[Any], Any]:
+    """A click option with the environment variable that the reference has for it."""
+    return click.option(*names, envvar=env or None, show_envvar=bool(env), help=help, **more)
+
+
+def tell_environment(ctx: click.Context, log: Log) -> None:
+    """Says which options came from the environment."""
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            name = parameter.opts[0]
+            log.warning(f"{name} is taken from the environment variable {parameter.envvar}")
+
+
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user gave a parameter, in whatever way."""
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def duration(text: str) -> float:
+    """Seconds of a Go duration such as ``1m30s``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    parts = re.findall(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)", text)
+    if "".join(a + b for a, b in parts) != text or not parts:
+        if text == "0":
+            return 0.0
+        raise ConfigError(f"{text!r} is not a duration such as 5s or 1m30s")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def number(text: str) -> int:
+    """A decimal or ``0x`` number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a number") from None
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Runs a command as a program: an error is one fatal line on standard error and exit code 1."""
+    log = Log()
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.UsageError as error:
+        if error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).fatal(error.format_message())
+        sys.exit(1)
+    except NydusError as error:
+        _current(log).fatal(str(error))
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        _current(log).fatal("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
+_log: list[Log] = []
+
+
+def use_log(log: Log) -> Log:
+    """Makes ``log`` the one that a fatal error is written to."""
+    _log[:] = [log]
+    return log
+
+
+def _current(otherwise: Log) -> Log:
+    return _log[0] if _log else otherwise

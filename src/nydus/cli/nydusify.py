@@ -1,0 +1,38 @@
+"""``nydusify``: images in, Nydus images out."""
+
+from __future__ import annotations
+
+import click
+
+from nydus import __version__
+from nydus.cli.gostyle import GoGroup, option, run, use_log
+from nydus.cli.logs import LEVELS, Log
+from nydus.errors import ConfigError
+
+
+@click.group(
+    cls=GoGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    commands_in={
+        "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
+    },
+)
+@option("--debug", "-D", env="DEBUG_LOG_LEVEL", is_flag=True, help="Log at level debug.")
+@option("--log-level", "-l", env="LOG_LEVEL", type=click.Choice(LEVELS), default="info", help="What to log.")
+@option("--log-file", env="LOG_FILE", type=click.Path(dir_okay=False), help="Append log lines to this file.")
+@click.version_option(__version__, "--version", "-v", message="Version     : v%(version)s")
+@click.pass_context
+def nydusify(ctx: click.Context, debug: bool, log_level: str, log_file: str | None) -> None:
+    """Make, check and copy Nydus images."""
+    stream = None
+    if log_file:
+        try:
+            stream = open(log_file, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"--log-file {log_file}: {error.strerror}") from error
+        ctx.call_on_close(stream.close)
+    ctx.obj = use_log(Log("debug" if debug else log_level, stream))
+
+
+def main() -> None:
+    run(nydusify, "nydusify")

@@ -1,0 +1,253 @@
+"""``nydusify convert``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, duration, given, number, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError, NydusError
+
+#: Options of the reference that are not there yet: a conversion that would need one is refused.
+_NOT_YET = (
+    "source_backend_type",
+    "source_backend_config",
+    "backend_type",
+    "backend_config",
+    "backend_config_file",
+    "backend_force_push",
+    "build_cache",
+    "build_cache_tag",
+    "build_cache_insecure",
+    "chunk_dict",
+    "chunk_dict_insecure",
+    "merge_platform",
+    "oci_ref",
+    "with_referrer",
+    "reverse",
+)
+
+
+@click.command(cls=GoCommand, short_help="Convert an image to a Nydus image.")
+@option("--source", env="SOURCE", required=True, help="Reference of the image to convert.")
+@option("--target", env="TARGET", help="Reference to push the Nydus image to.")
+@option("--target-suffix", env="TARGET_SUFFIX", help="Push to the source reference with this appended.")
+@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help="Read this tar file; pull nothing.")
+@option(
+    "--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help="Write this tar file; push nothing."
+)
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
+@option("--all-platforms", is_flag=True, help="Convert the images of all platforms.")
+@option(
+    "--merge-platform", "--multi-platform", env="MERGE_PLATFORM", is_flag=True, help="Keep the source too."
+)
+@option("--oci-ref", env="OCI_REF", is_flag=True, help="Keep the layers, add only an index to them.")
+@option(
+    "--with-referrer", env="WITH_REFERRER", is_flag=True, help="Make the source the subject of the target."
+)
+@option("--oci", env="OCI", is_flag=True, help="Write OCI media types whatever the source has.")
+@option("--docker-v2-format", is_flag=True, hidden=True)
+@option("--reverse", env="REVERSE", is_flag=True, help="Convert a Nydus image to an OCI image.")
+@option("--fs-version", env="FS_VERSION", default="6", help="RAFS version, 5 or 6. [6]")
+@option(
+    "--fs-chunk-size",
+    "--chunk-size",
+    env="FS_CHUNK_SIZE",
+    default="0x100000",
+    help="A power of two. [0x100000]",
+)
+@option(
+    "--batch-size", env="BATCH_SIZE", default="0", help="Compress small files together up to this size. [0]"
+)
+@option("--compressor", env="COMPRESSOR", default="zstd", help="none, lz4_block or zstd. [zstd]")
+@option("--fs-align-chunk", env="FS_ALIGN_CHUNK", is_flag=True, help="Align chunks to 4 KiB.")
+@option("--backend-aligned-chunk", env="BACKEND_ALIGNED_CHUNK", is_flag=True, hidden=True)
+@option("--prefetch-dir", env="PREFETCH_DIR", help="Absolute path to fetch first.")
+@option("--prefetch-patterns", env="PREFETCH_PATTERNS", is_flag=True, help="Read such paths from stdin.")
+@option("--chunk-dict", env="CHUNK_DICT", help="Share chunks with bootstrap:registry:<reference>.")
+@option("--chunk-dict-insecure", env="CHUNK_DICT_INSECURE", is_flag=True, help="Accept any TLS certificate.")
+@option("--build-cache", env="BUILD_CACHE", help="Reference of an image with layers converted before.")
+@option("--build-cache-tag", env="BUILD_CACHE_TAG", help="The same, as a tag in the target's repository.")
+@option(
+    "--build-cache-version", env="BUILD_CACHE_VERSION", default="v1", help="Use caches of this version only."
+)
+@option(
+    "--build-cache-insecure", env="BUILD_CACHE_INSECURE", is_flag=True, help="Accept any TLS certificate."
+)
+@option("--build-cache-max-records", env="BUILD_CACHE_MAX_RECORDS", default=200, help="1 to 200. [200]")
+@option("--backend-type", env="BACKEND_TYPE", help="Store blobs in oss, s3 or localfs.")
+@option("--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
+@option("--backend-force-push", env="BACKEND_FORCE_PUSH", is_flag=True, help="Upload blobs even if present.")
+@option("--source-backend-type", hidden=True)
+@option("--source-backend-config", hidden=True)
+@option(
+    "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
+)
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", help="Not used: the builder is built in.")
+@option(
+    "--output-json", env="OUTPUT_JSON", type=click.Path(dir_okay=False), help="Write sizes and times there."
+)
+@option("--push-retry-count", env="PUSH_RETRY_COUNT", default=3, help="How often a layer is tried. [3]")
+@option("--push-retry-delay", env="PUSH_RETRY_DELAY", default="5s", help="Wait between attempts. [5s]")
+@click.pass_context
+def convert(ctx: click.Context, /, **given_options: Any) -> None:
+    """Convert an image to a Nydus image.
+
+    Layers stream from the source to the target while they are converted; nothing is stored on this machine.
+    """
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    values = dict(given_options)
+    output = Path(values["output_json"]) if values["output_json"] else None
+    try:
+        _convert(ctx, log, values, output)
+    except BaseException:
+        if output:
+            _write(output, "null")
+        raise
+
+
+def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
+    import tempfile
+
+    from nydus.cli.progress import progress_for
+    from nydus.convert.image import image
+    from nydus.convert.options import ConvertOptions
+    from nydus.convert.select import parse_platform
+    from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
+    from nydus.oci.reference import parse
+
+    for name in _NOT_YET:
+        if values[name] and (name not in ("backend_config", "backend_type") or given(ctx, name)):
+            raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
+    reference = parse(values["source"])
+    target = _target(values, reference)
+    if given(ctx, "nydus_image"):
+        log.warning("--nydus-image is not used: the builder is built in")
+    if values["docker_v2_format"]:
+        log.warning("--docker-v2-format is deprecated")
+    source: SourcePlace
+    if values["source_archive"]:
+        source = ArchivePlace(Path(values["source_archive"]), name=str(reference))
+    else:
+        source = registry_place(
+            reference, plain_http=values["plain_http"], insecure=values["source_insecure"]
+        )
+    options = ConvertOptions(
+        fs_version=number(values["fs_version"]),
+        compressor=values["compressor"],
+        chunk_size=number(values["fs_chunk_size"]),
+        batch_size=number(values["batch_size"]),
+        aligned_chunk=values["fs_align_chunk"] or values["backend_aligned_chunk"],
+        prefetch=_prefetch(values),
+        oci=values["oci"] and not values["docker_v2_format"],
+        attempts=values["push_retry_count"] if values["push_retry_count"] > 0 else 3,
+        retry_delay=duration(values["push_retry_delay"]),
+    )
+    platforms = None
+    if not values["all_platforms"]:
+        platforms = [parse_platform(text) for text in (values["platform"] or "").split(",") if text.strip()]
+
+    with progress_for(log) as progress:
+        if not values["target_archive"]:
+            place: SinkPlace = registry_place(
+                target, plain_http=values["plain_http"], insecure=values["target_insecure"]
+            )
+            result = image(source, place, options, progress, platforms)
+        else:
+            from nydus.oci.archive import write_archive
+            from nydus.oci.layout import Layout
+
+            archive = Path(values["target_archive"])
+            if not archive.parent.is_dir():
+                raise ConfigError(f"--target-archive {archive}: its folder does not exist")
+            with _work_dir(Path(values["work_dir"])) as base:
+                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
+                    result = image(source, LayoutPlace(Path(folder)), options, progress, platforms)
+                    write_archive(Layout(folder), archive, target)
+    seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
+    where = values["target_archive"] or str(target)
+    log.info(
+        f"converted {len(result.layers)} layers, {human(result.source_size)} to {human(result.target_size)},"
+        f" in {seconds:.1f} s",
+        target=where,
+        digest=result.descriptor.digest,
+    )
+    if output:
+        figures = {
+            "SourceImageSize": result.source_size,
+            "TargetImageSize": result.target_size,
+            "SourcePullElapsed": int(result.pull_seconds * 1e9),
+            "ConversionElapsed": int(result.convert_seconds * 1e9),
+            "TargetPushElapsed": int(result.push_seconds * 1e9),
+        }
+        _write(output, json.dumps(figures, separators=(",", ":")))
+
+
+def _target(values: dict[str, Any], source: Any) -> Any:
+    from nydus.oci.reference import parse
+
+    if bool(values["target"]) == bool(values["target_suffix"]):
+        raise ConfigError("exactly one of --target and --target-suffix is needed")
+    if values["target"]:
+        target = parse(values["target"])
+        if target.digest:
+            raise ConfigError(f"--target {target}: must be a tag, not a digest")
+        return target
+    if source.digest:
+        raise ConfigError(f"--target-suffix cannot be used with a digest: {source}")
+    return replace(source.with_tag(source.tag + values["target_suffix"]))
+
+
+def _prefetch(values: dict[str, Any]) -> tuple[bytes, ...]:
+    if values["prefetch_patterns"]:
+        if values["prefetch_dir"]:
+            raise ConfigError("--prefetch-dir and --prefetch-patterns cannot be used together")
+        from nydus.build.layer import prefetch_paths
+
+        paths, relative = prefetch_paths(sys.stdin.buffer.read(1 << 24).splitlines())
+        if relative:
+            raise ConfigError(
+                f"--prefetch-patterns: {relative[0].decode(errors='replace')!r} is not absolute"
+            )
+        return tuple(paths) or (b"/",)
+    path = values["prefetch_dir"] or "/"
+    if not path.startswith("/"):
+        raise ConfigError(f"--prefetch-dir {path!r} is not absolute")
+    return (path.encode(),)
+
+
+class _work_dir:
+    """The folder for temporary files; removed at the end if it was made here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._made = path, False
+
+    def __enter__(self) -> Path:
+        try:
+            self._made = not self._path.exists()
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NydusError(f"--work-dir {self._path}: {error.strerror}") from error
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        if self._made:
+            self._path.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise NydusError(f"--output-json {path}: {error.strerror}") from error

@@ -1,0 +1,119 @@
+"""The course of a conversion: bars on a terminal, timed lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nydus.cli.logs import Log, human
+from nydus.convert.progress import LayerProgress, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+_LINE_SECONDS = 5.0
+
+
+@contextmanager
+def progress_for(log: Log) -> Iterator[Progress]:
+    """What shows the course of a conversion on the terminal of ``log``, or writes it to the log."""
+    if not (log.terminal and log.enabled("info")):
+        yield Lines(log)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    bars = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=Console(file=log.stream, highlight=False),
+        transient=True,
+    )
+    plain = log.write
+    with bars:
+        log.write = lambda line: bars.console.out(line, highlight=False)  # type: ignore[method-assign]
+        try:
+            yield Terminal(log, bars)
+        finally:
+            log.write = plain  # type: ignore[method-assign]
+
+
+class Lines:
+    """A line for each step, for each layer that is done, and every few seconds for all."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._layers: Sequence[LayerProgress] = ()
+        self._told = time.monotonic()
+        self._started = self._told
+
+    def note(self, message: str, **fields: object) -> None:
+        self._log.info(message, **fields)
+
+    def layers(self, layers: Sequence[LayerProgress]) -> None:
+        self._layers = layers
+        self._started = time.monotonic()
+
+    def changed(self, layer: LayerProgress) -> None:
+        now = time.monotonic()
+        if layer.state == "done":
+            done = sum(other.state == "done" for other in self._layers)
+            self._log.info(
+                f"converted layer {done}/{len(self._layers)}: {human(layer.size)} to {human(layer.built)}"
+                f" , elapse {now - self._started:.3f}s",
+                layer=layer.digest,
+            )
+            self._told = now
+        elif now - self._told > _LINE_SECONDS:
+            self._told = now
+            read, size = (
+                sum(each.downloaded for each in self._layers),
+                sum(each.size for each in self._layers),
+            )
+            sent = sum(each.uploaded for each in self._layers)
+            rate = read / max(now - self._started, 1e-3)
+            self._log.info(
+                f"converting: read {human(read)} of {human(size)} at {human(rate)}/s, sent {human(sent)}"
+            )
+
+
+class Terminal:
+    """A bar for each layer, and one for all."""
+
+    def __init__(self, log: Log, bars: Bars) -> None:
+        self._log, self._bars = log, bars
+        self._tasks: dict[int, TaskID] = {}
+        self._layers: Sequence[LayerProgress] = ()
+        self._all: TaskID | None = None
+
+    def note(self, message: str, **fields: object) -> None:
+        self._log.info(message, **fields)
+
+    def layers(self, layers: Sequence[LayerProgress]) -> None:
+        self._layers = layers
+        for position, layer in enumerate(layers):
+            name = f"layer {position + 1:>2} {layer.digest[7:19]}"
+            self._tasks[id(layer)] = self._bars.add_task(name, total=layer.size, note="waiting")
+        self._all = self._bars.add_task(
+            "all layers".ljust(21), total=sum(each.size for each in layers), note=""
+        )
+
+    def changed(self, layer: LayerProgress) -> None:
+        note = "done" if layer.state == "done" else "converting"
+        self._bars.update(
+            self._tasks[id(layer)],
+            completed=layer.downloaded,
+            note=f"{note}: built {human(layer.built)}, sent {human(layer.uploaded)}",
+        )
+        if self._all is not None:
+            sent = sum(each.uploaded for each in self._layers)
+            read = sum(each.downloaded for each in self._layers)
+            self._bars.update(self._all, completed=read, note=f"sent {human(sent)}")
