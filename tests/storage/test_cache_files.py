@@ -313,7 +313,8 @@ seed = int(sys.argv[2])
 rng = random.Random(seed)
 print("go", flush=True)
 while True:
-    cache = BlobCache(Path(sys.argv[1]), blob.info, blob.chunks, FaultyBackend(blob), amplify=rng.choice((0, 50000)))
+    amplify = rng.choice((0, 50000))
+    cache = BlobCache(Path(sys.argv[1]), blob.info, blob.chunks, FaultyBackend(blob), amplify=amplify)
     for _ in range(rng.randrange(1, 60)):
         offset = rng.randrange(cache.length)
         length = rng.randrange(1, 100000)
