@@ -15,7 +15,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import quote, urlencode, urlsplit
 
 import urllib3
@@ -48,6 +48,7 @@ class Registry:
         credentials: user and password, or :class:`~nydus.oci.auth.Credentials`; None is anonymous.
         policy: time limits and retries.
         proxy: URL of an HTTP proxy, or "".
+        headers: sent along with every request to the registry itself.
         redirect_scheme, redirect_host: put in place of these parts of the addresses blobs are redirected to.
     """
 
@@ -61,6 +62,7 @@ class Registry:
         credentials: Credentials | tuple[str, str] | None = None,
         policy: Policy | None = None,
         proxy: str = "",
+        headers: Mapping[str, str] | None = None,
         redirect_scheme: str = "",
         redirect_host: str = "",
     ) -> None:
@@ -76,6 +78,7 @@ class Registry:
             credentials=credentials,
             policy=policy,
             proxy=proxy,
+            headers=headers,
         )
 
     def repository(self, name: str) -> Repository:

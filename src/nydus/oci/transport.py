@@ -72,6 +72,7 @@ class Transport:
         ca_certs: PEM files trusted besides those of the system.
         credentials: sent only to ``host`` and its token server, and only when asked for.
         proxy: URL of an HTTP proxy, or "".
+        headers: sent along with every request to ``host``.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class Transport:
         credentials: Credentials | None = None,
         policy: Policy | None = None,
         proxy: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.host = host
+        self._headers = dict(headers or {})
         self.policy = policy or Policy()
         self.base = f"{'http' if plain_http else 'https'}://{host}"
         self.plain_http = plain_http
@@ -150,7 +153,8 @@ class Transport:
         wait = read_timeout or self.policy.read_timeout
         # urllib3 uses the connect timeout for sending the body too.
         timeout = urllib3.Timeout(connect=wait if streaming else self.policy.connect_timeout, read=wait)
-        sent = {"User-Agent": f"pynydus/{__version__}", **headers}
+        own = self._headers if self.at_home(url) else {}
+        sent = {"User-Agent": f"pynydus/{__version__}", **own, **headers}
         try:
             return self._pool.request(
                 method,
