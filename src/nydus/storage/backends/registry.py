@@ -86,7 +86,9 @@ class RegistryBackend(MeteredBackend):
             total=_SLOW_LINK * limit,
         )
 
-        def registry(host: str, plain_http: bool, proxy: str = "") -> Registry:
+        def registry(
+            host: str, plain_http: bool, proxy: str = "", headers: dict[str, str] | None = None
+        ) -> Registry:
             return Registry(
                 host,
                 plain_http=plain_http,
@@ -95,6 +97,7 @@ class RegistryBackend(MeteredBackend):
                 credentials=credentials,
                 policy=policy,
                 proxy=proxy,
+                headers=headers,
                 redirect_scheme=config.blob_url_scheme,
                 redirect_host=config.blob_redirected_host,
             )
@@ -114,7 +117,7 @@ class RegistryBackend(MeteredBackend):
             ways.append(
                 _Way(
                     f"mirror {mirror.host}",
-                    registry(host, mirror_plain),
+                    registry(host, mirror_plain, headers=mirror.headers),
                     config.repo,
                     mirror.health_check_interval,
                     mirror.failure_limit,
