@@ -1,12 +1,12 @@
 """blobfs: one large read-only file for each blob, served from a raw ``/dev/fuse`` descriptor.
 
-EROFS is mounted on these files and keeps all metadata and every page it has read in the kernel, so Python sees
-only large reads of missing ranges. Three properties carry the design (measured in docs/design.md):
+EROFS is mounted on these files and keeps all metadata and every page it has read in the kernel, so Python
+sees only large reads of missing ranges. Three properties carry the design (measured in docs/design.md):
 
 * The FUSE mount is *detached*: it has no place in the mount tree, only a descriptor. EROFS opens its devices
   as ``/proc/self/fd/<descriptor>/<name>``. When the last EROFS and the descriptor are gone so is the mount.
-* The connection lives as long as any process holds ``/dev/fuse``. A successor that holds it asks the kernel to
-  send again what was not answered (FUSE_NOTIFY_RESEND) and goes on serving; no reader notices.
+* The connection lives as long as any process holds ``/dev/fuse``. A successor that holds it asks the kernel
+  to send again what was not answered (FUSE_NOTIFY_RESEND) and goes on serving; no reader notices.
 * Nobody holds it: readers get EIO, never zeros.
 
 The requests are those of ``include/uapi/linux/fuse.h``, protocol 7.x.
@@ -22,7 +22,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class Source(Protocol):
         """Whether :meth:`read` would return without waiting for a backend."""
         ...
 
-    def read(self, offset: int, length: int) -> list[Buffer]:
+    def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Exactly the bytes of a range inside the file; raises where they cannot be had."""
         ...
 
@@ -227,8 +227,8 @@ class BlobFs:
 
     def set_readahead(self, kib: int) -> None:
         """Sets the readahead of the FUSE mount; EROFS mounts made later use it."""
-        number = os.fstat(self.mount).st_dev
-        path = Path(f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb")
+        major, minor = syscalls.device_of(self.mount)
+        path = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
         try:
             path.write_text(f"{kib}\n")
         except OSError as error:  # read-only /sys in a container: the kernel's 128 KiB stay
@@ -248,7 +248,11 @@ class BlobFs:
             try:
                 length = os.readv(self.device, [buffer])
             except OSError as error:
-                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):  # ENOENT: request was interrupted
+                if error.errno in (
+                    errno.EINTR,
+                    errno.EAGAIN,
+                    errno.ENOENT,
+                ):  # ENOENT: request was interrupted
                     continue
                 if error.errno != errno.ENODEV:  # ENODEV: the last mount is gone
                     log.error("reading FUSE requests: %s", error.strerror)
@@ -290,7 +294,9 @@ class BlobFs:
         elif opcode == INIT:
             self._init(unique, body)
         elif opcode == STATFS:
-            self._reply(unique, struct.pack("<QQQQQIIII24x", 0, 0, 0, len(self._files), 0, BLOCK, 255, BLOCK, 0))
+            self._reply(
+                unique, struct.pack("<QQQQQIIII24x", 0, 0, 0, len(self._files), 0, BLOCK, 255, BLOCK, 0)
+            )
         elif opcode == OPENDIR:
             self._reply(unique, struct.pack("<QII", 0, 0, 0))
         elif opcode in (FLUSH, RELEASEDIR, READDIR, DESTROY):
@@ -380,7 +386,7 @@ class BlobFs:
 
     def _serve_read(self, unique: int, file: File, offset: int, size: int, began: float) -> None:
         problem: Exception | None = None
-        buffers: list[Buffer] = []
+        buffers: Sequence[Buffer] = []
         try:
             if file.source is None:
                 raise OSError(errno.EIO, "its image could not be opened again")

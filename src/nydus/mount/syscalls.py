@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -17,7 +18,7 @@ _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 4
-_AT_FDCWD = -100
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = -100, 0x1000, 0x4000
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOATIME = 1, 2, 4, 0x10
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
@@ -97,7 +98,9 @@ def attach(mount_fd: int, path: str | os.PathLike[str]) -> None:
 
 
 def umount(path: str | os.PathLike[str], flags: int = 0) -> None:
-    _check(_libc.umount2(os.fsencode(path), ctypes.c_int(flags | UMOUNT_NOFOLLOW)), f"umount {os.fspath(path)}")
+    _check(
+        _libc.umount2(os.fsencode(path), ctypes.c_int(flags | UMOUNT_NOFOLLOW)), f"umount {os.fspath(path)}"
+    )
 
 
 def detach(path: str | os.PathLike[str]) -> bool:
@@ -109,6 +112,15 @@ def detach(path: str | os.PathLike[str]) -> bool:
             return False
         raise
     return True
+
+
+def device_of(fd: int) -> tuple[int, int]:
+    """Major and minor device number of an open file's file system, without asking a FUSE server."""
+    result = ctypes.create_string_buffer(256)  # struct statx
+    flags = ctypes.c_int(_AT_EMPTY_PATH | _AT_STATX_DONT_SYNC)
+    _check(_libc.statx(ctypes.c_int(fd), b"", flags, ctypes.c_uint(0), result), "statx")
+    major, minor = struct.unpack_from("<II", result, 136)
+    return major, minor
 
 
 def die_with_parent(signal_number: int) -> None:

@@ -1,0 +1,150 @@
+"""The files of blobfs: which blob each one is, and when it is of no more use."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nydus.daemon.image import Image
+from nydus.daemon.state import FileState
+from nydus.errors import NydusError
+from nydus.mount.blobfs import BlobFs, Buffer, File
+
+log = logging.getLogger(__name__)
+
+SMALL_READAHEAD, LARGE_READAHEAD = 128, 1024  # KiB
+
+
+@dataclass(slots=True)
+class _Device:
+    file: File
+    key: str
+    image: Image | None
+    owner: int  # number of the instance whose bootstrap and configuration describe the blob
+    blob: int
+
+
+class Devices:
+    """The blobfs connection of a daemon, made when the first file is wanted. Thread-safe.
+
+    Args:
+        threads: threads that read requests.
+        descriptors: told (``/dev/fuse``, blobfs mount) as soon as they exist.
+        changed: told when the kernel opened or closed a file; from a serving thread, so it must not wait for
+            anything that waits for the kernel.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int = 4,
+        descriptors: Callable[[int, int], None] = lambda device, mount: None,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._threads, self._descriptors, self._changed = threads, descriptors, changed
+        self._lock = threading.RLock()
+        self._by_node: dict[int, _Device] = {}
+        self._by_key: dict[str, _Device] = {}
+        self.next_node = 2
+        self.blobfs: BlobFs | None = None
+
+    def adopt(self, device: int, mount: int, files: list[FileState], images: dict[int, Image]) -> None:
+        """Takes over a connection and its files, without serving yet.
+
+        Args:
+            images: by instance number; files of other instances can only answer EIO.
+        """
+        with self._lock:
+            self._use(BlobFs(device, mount, threads=self._threads, on_change=self._on_change))
+            for file in files:
+                image = images.get(file.instance)
+                if image is not None and file.blob < len(image.blobs):
+                    self._add(file.node, image, file.blob, file.instance, file.size, file.opens)
+                else:
+                    assert self.blobfs is not None
+                    source = _Unavailable(file.size)
+                    added = self.blobfs.add(file.node, file.size, file.label, source, opens=file.opens)
+                    self._by_node[file.node] = _Device(added, "", None, file.instance, file.blob)
+
+    def get(self, image: Image, blob: int, owner: int) -> File:
+        """The file of a blob, the same for all images that have the blob from the same place.
+
+        Raises:
+            MountError: there cannot be a FUSE mount here.
+        """
+        with self._lock:
+            if self.blobfs is None:
+                blobfs = BlobFs.create(threads=self._threads, on_change=self._on_change)
+                self._use(blobfs)
+                blobfs.set_readahead(SMALL_READAHEAD)
+                blobfs.serve()
+            device = self._by_key.get(image.key(blob))
+            if device is None:
+                node = self.next_node
+                self.next_node += 1
+                device = self._add(node, image, blob, owner, image.device_size(blob), 0)
+            return device.file
+
+    def path(self, file: File) -> str:
+        assert self.blobfs is not None
+        return self.blobfs.path(file)
+
+    def states(self) -> list[FileState]:
+        with self._lock:
+            return [
+                FileState(node, d.file.size, d.file.label, d.owner, d.blob, d.file.opens)
+                for node, d in self._by_node.items()
+            ]
+
+    def collect(self, used: set[int]) -> set[int]:
+        """Gives up the files that are neither open in the kernel nor among the ``used`` nodes.
+
+        Returns:
+            numbers of the instances that still own a file.
+        """
+        dropped = []
+        with self._lock:
+            for node, device in list(self._by_node.items()):
+                if device.file.opens == 0 and node not in used:
+                    del self._by_node[node]
+                    self._by_key.pop(device.key, None)
+                    dropped.append(device)
+            owners = {device.owner for device in self._by_node.values()}
+        for device in dropped:
+            assert self.blobfs is not None
+            self.blobfs.remove(device.file.node)
+            if device.image is not None:
+                with suppress(NydusError, OSError):
+                    device.image.release_cache(device.blob)
+        return owners
+
+    def _use(self, blobfs: BlobFs) -> None:
+        self.blobfs = blobfs
+        self._descriptors(blobfs.device, blobfs.mount)
+
+    def _add(self, node: int, image: Image, blob: int, owner: int, size: int, opens: int) -> _Device:
+        assert self.blobfs is not None
+        cache = image.open_cache(blob)
+        file = self.blobfs.add(node, size, image.blobs[blob].id, cache, opens=opens)
+        device = _Device(file, image.key(blob), image, owner, blob)
+        self._by_node[node] = self._by_key[device.key] = device
+        return device
+
+    def _on_change(self, file: File) -> None:
+        self._changed()
+
+
+class _Unavailable:
+    """A source for a file whose image a successor could not open again."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def ready(self, offset: int, length: int) -> bool:
+        return True
+
+    def read(self, offset: int, length: int) -> list[Buffer]:
+        raise NydusError("its image could not be opened again")

@@ -1,0 +1,173 @@
+"""One image as the daemon sees it: a bootstrap, a configuration, and a cache for each of its blobs."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import msgspec
+
+from nydus import rafs
+from nydus.daemon.config import DaemonConfig
+from nydus.errors import FormatError, NydusError
+from nydus.rafs import blobmeta
+from nydus.rafs.blobmeta import ChunkMap
+from nydus.rafs.model import BlobFeature, BlobInfo, Super
+from nydus.storage import backends
+from nydus.storage.backend import Backend
+
+if TYPE_CHECKING:
+    from nydus.storage.cache import BlobCache
+
+
+class _Closing(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closing)
+
+
+class Shared(Generic[T]):
+    """Things opened once for each key and closed with their last user. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[T, int]] = {}
+
+    def acquire(self, key: str, make: Callable[[], T]) -> T:
+        with self._lock:
+            thing, users = self._open[key] if key in self._open else (make(), 0)
+            self._open[key] = (thing, users + 1)
+            return thing
+
+    def release(self, key: str) -> None:
+        with self._lock:
+            thing, users = self._open.pop(key)
+            if users > 1:
+                self._open[key] = (thing, users - 1)
+                return
+        thing.close()
+
+    def all(self) -> list[T]:
+        with self._lock:
+            return [thing for thing, _ in self._open.values()]
+
+
+class OpenCache:
+    """An open cache with the backend it reads from."""
+
+    def __init__(self, cache: BlobCache, release_backend: Callable[[], None]) -> None:
+        self.cache = cache
+        self._release_backend = release_backend
+
+    def close(self) -> None:
+        self.cache.close()
+        self._release_backend()
+
+
+class Pool:
+    """The backends and caches that the images of one daemon share."""
+
+    def __init__(self) -> None:
+        self.backends: Shared[Backend] = Shared()
+        self.caches: Shared[OpenCache] = Shared()
+
+
+class Image:
+    """An image whose bootstrap was found good.
+
+    Only the head of the bootstrap is read here, so that a mount needs neither the backend nor a cache.
+
+    Raises:
+        NydusError: the bootstrap cannot be read or is not RAFS, or the backend's configuration is wrong.
+    """
+
+    def __init__(self, bootstrap: Path, config: DaemonConfig, pool: Pool) -> None:
+        self.bootstrap, self.config = bootstrap, config
+        self.work_dir = config.device.cache.work_dir
+        self._pool = pool
+        self.head: Super = rafs.superblock(map_file(bootstrap), str(bootstrap))
+        backend = config.device.backend
+        document = msgspec.json.encode((backend.type, backend.config), order="deterministic")
+        self._backend_key = hashlib.sha256(document).hexdigest()
+        self._make_backend = lambda: backends.create(backend.type, backend.config)
+        self.backend = pool.backends.acquire(self._backend_key, self._make_backend)
+
+    @property
+    def blobs(self) -> list[BlobInfo]:
+        return self.head.blobs
+
+    def key(self, blob: int) -> str:
+        """Names the bytes of a blob: images with the same key share one cache and one file of blobfs."""
+        return f"{self._backend_key} {self.work_dir.resolve()} {self.blobs[blob]!r}"
+
+    def device_size(self, blob: int) -> int:
+        """Length of a blob's device in bytes, whole pages that cover what the device table promises."""
+        size = self.blobs[blob].uncompressed_size
+        if self.head.device_blocks:
+            size = max(size, self.head.device_blocks[blob] * self.head.block_size)
+        return -(-size // 4096) * 4096
+
+    def open_cache(self, blob: int) -> BlobCache:
+        """The cache of a blob; give it back with :meth:`Pool.caches.release`. Waits for nothing."""
+        return self._pool.caches.acquire(self.key(blob), lambda: self._make_cache(blob)).cache
+
+    def release_cache(self, blob: int) -> None:
+        self._pool.caches.release(self.key(blob))
+
+    def close(self) -> None:
+        """Caches that are open go on."""
+        self._pool.backends.release(self._backend_key)
+
+    def _make_cache(self, blob: int) -> OpenCache:
+        from nydus.storage.cache import BlobCache
+
+        info, config = self.blobs[blob], self.config
+        backend = self._pool.backends.acquire(self._backend_key, self._make_backend)
+        separate = bool(info.features & BlobFeature.SEPARATE) and not any(info.rafs_digest)
+        cache = BlobCache(
+            self.work_dir,
+            info,
+            (lambda: self._chunks_from_tree(blob)) if self._without_meta(info) else None,
+            backend,
+            digests=lambda chunks: self._add_digests(chunks, blob),
+            amplify=config.amplify_io,
+            validate=config.device.cache.validate,
+            # A RAFS blob whose metadata is inlined goes by the name of the bootstrap.
+            meta_id=self.bootstrap.name.partition(".")[0] if separate else "",
+        )
+        return OpenCache(cache, lambda: self._pool.backends.release(self._backend_key))
+
+    def _without_meta(self, blob: BlobInfo) -> bool:
+        return self.head.version == 5 or bool(blob.features & BlobFeature.TARFS)
+
+    def _chunks_from_tree(self, blob: int) -> ChunkMap:
+        return blobmeta.from_tree(rafs.read(map_file(self.bootstrap), str(self.bootstrap)), blob)
+
+    def _add_digests(self, chunks: ChunkMap, blob: int) -> None:
+        if self.head.version == 6 and self.head.chunk_table[1]:
+            where = str(self.bootstrap)
+            chunks.set_digests(rafs.v6.read_chunk_table(map_file(self.bootstrap), self.head, where), blob)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes. Raises FormatError where it is empty, NydusError where it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NydusError(f"{path}: cannot open the bootstrap: {error.strerror}") from None
+    try:
+        if os.fstat(fd).st_size == 0:
+            raise FormatError("the bootstrap is empty", where=str(path))
+        # The kernel will want all of it, and soon; ext4 complains when EROFS is the first to read a page.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise NydusError(f"{path}: cannot read the bootstrap: {error.strerror}") from None
+    finally:
+        os.close(fd)

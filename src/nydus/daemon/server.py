@@ -1,0 +1,521 @@
+"""The daemon proper: its states, its mounts, and what a successor needs to carry on.
+
+One :class:`Daemon` lives in each worker process. It knows nothing of HTTP and nothing of processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from nydus.daemon import config as configs
+from nydus.daemon.devices import Devices
+from nydus.daemon.image import Image, Pool
+from nydus.daemon.options import Options
+from nydus.daemon.state import InstanceState, State
+from nydus.errors import MountError, NydusError
+from nydus.mount import erofs, probe, syscalls, table
+
+if TYPE_CHECKING:
+    from nydus.mount.fuse import FuseMount
+
+log = logging.getLogger(__name__)
+
+INIT, READY, RUNNING, STOPPED = "INIT", "READY", "RUNNING", "STOPPED"
+
+_EXISTS = "object or filesystem already exists"
+_MISSING = "object or filesystem doesn't exist"
+_MAX_INSTANCES = 4096
+_RUNTIME_KEYS = {"registry_auth", "proxy_url", "dragonfly_scheduler_endpoint"}
+
+
+class NotFound(NydusError):
+    """No such mount."""
+
+
+class WrongState(NydusError):
+    """The daemon is in another state than the request needs; the text is the name of the event."""
+
+
+@dataclass(slots=True)
+class Instance:
+    """One image that is mounted, being mounted, or unmounted but still open in the kernel."""
+
+    state: InstanceState
+    image: Image
+    mounting: bool = False
+    mount_id: int = 0
+    fuse: FuseMount | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.state.mounted or self.mounting
+
+
+class Daemon:
+    """Serves any number of mounts. Thread-safe; requests for different mountpoints run side by side.
+
+    Args:
+        options: the command line.
+        report: told the new state after every change; must not fail.
+        descriptors: told (``/dev/fuse``, blobfs mount) as soon as there is a connection.
+        busy: told whether some thread is inside a mount, where it waits for threads of this same process.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        report: Callable[[State], None] = lambda state: None,
+        descriptors: Callable[[int, int], None] = lambda device, mount: None,
+        busy: Callable[[bool], None] = lambda busy: None,
+    ) -> None:
+        self.options = options
+        self.began = time.time()
+        self.pool = Pool()
+        self.devices = Devices(threads=options.threads, descriptors=descriptors, changed=self._on_change)
+        self.state = INIT
+        self._report, self._tell_busy = report, busy
+        self._mounting = 0
+        self._lock = threading.RLock()
+        self._shared = options.shared
+        self._instances: dict[int, Instance] = {}
+        self._next_number = 1
+        self._runtime: dict[str, dict[str, str]] = {}
+        self._busy: set[str] = set()
+        self._dirty = threading.Event()
+        self._collector: threading.Thread | None = None
+
+    # What it is
+
+    def instances(self) -> dict[str, Instance]:
+        """The mounts, by mountpoint."""
+        with self._lock:
+            return {i.state.mountpoint: i for i in self._instances.values() if i.state.mounted}
+
+    def instance(self, mountpoint: str) -> Instance:
+        try:
+            return self.instances()[normal(mountpoint)]
+        except KeyError:
+            raise NotFound(_MISSING) from None
+
+    def snapshot(self) -> State:
+        """All that a successor needs."""
+        with self._lock:
+            return State(
+                state=self.state,
+                shared=self._shared,
+                next_node=self.devices.next_node,
+                next_number=self._next_number,
+                instances=[instance.state for instance in self._instances.values()],
+                files=self.devices.states(),
+                runtime=self._runtime,
+            )
+
+    # Life
+
+    def start(self) -> None:
+        """A fresh start: mounts what the command line names, INIT → RUNNING."""
+        options = self.options
+        if options.shared:
+            self._mount_root()
+        try:
+            if options.bootstrap is not None:
+                text = options.config_text()
+                self.mount(options.virtual_mountpoint, str(options.bootstrap), text, options.prefetch_files)
+        except BaseException:
+            if options.shared:
+                syscalls.detach(options.mountpoint)
+            raise
+        self._enter(RUNNING)
+
+    def restore(self, state: State, device: int | None, mount: int | None) -> None:
+        """INIT → READY: becomes the daemon whose state this is, without serving yet."""
+        with self._lock:
+            if self.state != INIT:
+                raise WrongState("Takeover")
+            self._shared = state.shared
+            self._next_number, self._runtime = state.next_number, state.runtime
+            self.devices.next_node = state.next_node
+            for saved in state.instances:
+                try:
+                    image = Image(Path(saved.bootstrap), configs.parse(saved.config), self.pool)
+                except NydusError as error:
+                    log.error("the image of %s cannot be opened again: %s", saved.mountpoint, error)
+                    continue
+                self._instances[saved.number] = Instance(saved, image, mount_id=self._mount_id(saved))
+            if device is not None:
+                images = {number: instance.image for number, instance in self._instances.items()}
+                self.devices.adopt(device, -1 if mount is None else mount, state.files, images)
+            for mountpoint, values in self._runtime.items():
+                self._apply(mountpoint, values)
+            self._enter(READY)
+
+    def resume(self) -> None:
+        """READY → RUNNING after a takeover: from here on this process answers the kernel."""
+        with self._lock:
+            if self.state != READY:
+                raise WrongState("Start")
+            if self.devices.blobfs is not None:
+                self.devices.blobfs.serve(resend=self.options.failover_policy != "none")
+            self._enter(RUNNING)
+        for instance in self.instances().values():
+            if instance.state.provider == "fuse":
+                self._remount_fuse(instance)
+        self._on_change()
+
+    def stop(self, *, keep_mounts: bool = False) -> None:
+        """Ends: unmounts everything, unless a successor goes on."""
+        with self._lock:
+            self.state = STOPPED
+        if keep_mounts:
+            return
+        for instance in self.instances().values():
+            with suppress(NydusError, OSError):
+                self._detach(instance)
+        if self._shared:
+            with suppress(OSError):
+                syscalls.detach(self.options.mountpoint)
+
+    def flush(self) -> None:
+        """Writes the caches down, so that the next daemon need not check them again."""
+        for opened in self.pool.caches.all():
+            try:
+                opened.cache.close()
+            except (NydusError, OSError) as error:
+                log.warning("closing a cache: %s", error)
+
+    # Mounts
+
+    def mount(
+        self, mountpoint: str, source: str, config_text: str, prefetch_files: list[str] | None = None
+    ) -> None:
+        """Mounts an image.
+
+        Args:
+            mountpoint: absolute path inside the daemon's mountpoint.
+            source: path of the bootstrap.
+            config_text: configuration document.
+            prefetch_files: absolute paths to fetch ahead.
+
+        Raises:
+            NydusError: anything that is wrong with them, or the kernel's refusal.
+        """
+        mountpoint = normal(mountpoint)
+        with self._claim(mountpoint):
+            self._check_place(mountpoint)
+            image = Image(Path(source), configs.parse(config_text), self.pool)
+            try:
+                instance = self._instance(mountpoint, image, source, config_text, prefetch_files)
+                try:
+                    self._attach(instance)
+                    instance.state.mounted = True
+                finally:
+                    instance.mounting = False
+                    self._changed()
+            except BaseException:
+                image.close()
+                self._remove_directories(mountpoint)
+                raise
+        state = instance.state
+        log.info("mounted %s at %s by %s (%s)", source, state.path, state.provider, state.reason)
+
+    def umount(self, mountpoint: str) -> None:
+        mountpoint = normal(mountpoint)
+        with self._claim(mountpoint):
+            instance = self.instance(mountpoint)
+            self._detach(instance)
+            self._gone(instance)
+            self._remove_directories(mountpoint)
+        log.info("unmounted %s", instance.state.path)
+
+    def remount(self, mountpoint: str, source: str, config_text: str) -> None:
+        """Replaces a mount by another image at the same place."""
+        previous = self.instance(mountpoint)
+        Image(Path(source), configs.parse(config_text), self.pool).close()  # it must be good
+        self.umount(mountpoint)
+        self.mount(mountpoint, source, config_text, previous.state.prefetch_files)
+
+    def configure(self, mountpoint: str, values: dict[str, str]) -> None:
+        """Changes run-time values of a mount, all or none."""
+        unknown = sorted(set(values) - _RUNTIME_KEYS)
+        if unknown:
+            raise NydusError(f"unknown run-time keys: {', '.join(unknown)}")
+        with self._lock:
+            self.instance(mountpoint)
+            self._apply(normal(mountpoint), values)
+            self._runtime.setdefault(normal(mountpoint), {}).update(values)
+        self._changed()
+
+    def runtime(self, mountpoint: str | None) -> dict[str, str]:
+        """Run-time values with credentials blanked; of all mounts, as ``<mountpoint>:<key>``, for None."""
+        with self._lock:
+            shown = {
+                name: {key: "" if key == "registry_auth" else value for key, value in values.items()}
+                for name, values in self._runtime.items()
+            }
+        if mountpoint is not None:
+            return shown.get(normal(mountpoint), {})
+        return {f"{name}:{key}": value for name, values in shown.items() for key, value in values.items()}
+
+    def check_mounts(self) -> bool:
+        """Notices what was unmounted from outside. False when a dedicated daemon has lost its only mount."""
+        present = {mount.id for mount in table.read()}
+        for mountpoint, instance in self.instances().items():
+            if instance.mount_id and instance.mount_id not in present and mountpoint not in self._busy:
+                log.info("%s was unmounted from outside", instance.state.path)
+                self._gone(instance)
+        return self._shared or bool(self.instances()) or self.state != RUNNING
+
+    # Inside
+
+    def _enter(self, state: str) -> None:
+        self.state = state
+        self._changed()
+
+    def _changed(self) -> None:
+        with self._lock:
+            self._report(self.snapshot())
+
+    def _on_change(self) -> None:
+        """A file was opened or closed: a successor must know, and perhaps something is of no more use."""
+        self._changed()
+        self._dirty.set()
+        with self._lock:
+            if self._collector is None:
+                self._collector = threading.Thread(target=self._collect, name="collector", daemon=True)
+                self._collector.start()
+
+    def _collect(self) -> None:
+        while True:
+            self._dirty.wait()
+            time.sleep(0.02)
+            self._dirty.clear()
+            with self._lock:
+                if self.state != RUNNING:
+                    continue
+                alive = [instance for instance in self._instances.values() if instance.alive]
+                used = {node for i in alive for node in i.state.nodes}
+            owners = self.devices.collect(used)
+            with self._lock:
+                for number, instance in list(self._instances.items()):
+                    if not instance.alive and number not in owners:
+                        del self._instances[number]
+            self._changed()
+
+    @contextmanager
+    def _claim(self, mountpoint: str) -> Iterator[None]:
+        with self._lock:
+            if mountpoint in self._busy:
+                raise NydusError(f"{mountpoint}: another request is working on it")
+            self._busy.add(mountpoint)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(mountpoint)
+
+    def _check_place(self, mountpoint: str) -> None:
+        if self.state not in (INIT, RUNNING):
+            raise WrongState("Mount")
+        taken = set(self.instances()) | (self._busy - {mountpoint})
+        if mountpoint in taken:
+            raise MountError(_EXISTS)
+        if len(taken) >= _MAX_INSTANCES:
+            raise MountError(f"more than {_MAX_INSTANCES} mounts")
+        path = PurePosixPath(mountpoint)
+        for other in taken:
+            if path.is_relative_to(other) or PurePosixPath(other).is_relative_to(path):
+                raise MountError(f"{mountpoint} and {other}: one would hide the other")
+
+    def _mount_root(self) -> None:
+        """An empty directory to mount images below."""
+        try:
+            with syscalls.FsContext("tmpfs") as context:
+                context.set("source", "nydus")
+                context.set("mode", "0755")
+                context.set("size", "1m")
+                context.create()
+                fd = context.mount(syscalls.ATTR_NODEV | syscalls.ATTR_NOSUID | syscalls.ATTR_NOATIME)
+            try:
+                syscalls.attach(fd, self.options.mountpoint)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise MountError(f"{self.options.mountpoint}: cannot mount: {error.strerror}") from error
+
+    def _instance(
+        self, mountpoint: str, image: Image, source: str, config_text: str, prefetch: list[str] | None
+    ) -> Instance:
+        choice = self._choose(image)
+        path = str(self.options.mountpoint) + mountpoint.rstrip("/")
+        if mountpoint != "/":
+            os.makedirs(path, exist_ok=True)
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e9):09d} +00:00:00"
+        with self._lock:
+            state = InstanceState(
+                number=self._next_number,
+                mountpoint=mountpoint,
+                path=path,
+                bootstrap=str(Path(source).resolve()),
+                config=config_text,
+                prefetch_files=prefetch,
+                mounted_time=stamp,
+                provider=choice.provider,
+                reason=choice.reason,
+            )
+            self._next_number += 1
+            self._instances[state.number] = instance = Instance(state, image, mounting=True)
+        return instance
+
+    def _choose(self, image: Image) -> probe.Choice:
+        forced = self.options.provider
+        if image.head.version == 5:
+            if forced == "blobfs":
+                raise MountError(f"{image.bootstrap}: blobfs cannot mount RAFS v5, which is not EROFS")
+            return probe.Choice("fuse", "RAFS v5 metadata is not EROFS")
+        try:
+            os.makedirs(image.work_dir, exist_ok=True)
+            return probe.choose(image.work_dir, forced)
+        except OSError as error:
+            raise NydusError(f"{image.work_dir}: cannot use the cache directory: {error.strerror}") from error
+
+    def _attach(self, instance: Instance) -> None:
+        state, image = instance.state, instance.image
+        if state.provider == "fuse":
+            self._mount_fuse(instance)
+            return
+        paths: list[Path | str] = []
+        for blob in range(len(image.blobs)):
+            plain = self._plain_file(image, blob)
+            if plain is not None:
+                paths.append(plain)
+            else:
+                file = self.devices.get(image, blob, state.number)
+                state.nodes.append(file.node)
+                paths.append(self.devices.path(file))
+        # A successor must be able to answer for these files while the kernel opens them.
+        self._changed()
+        with self._in_mount():
+            mount = self._open_erofs(instance, paths)
+        try:
+            instance.mount_id = table.id_of(mount)
+            syscalls.attach(mount, state.path)
+        except OSError as error:
+            raise MountError(f"{state.path}: cannot mount here: {error.strerror}") from error
+        finally:
+            os.close(mount)
+
+    @contextmanager
+    def _in_mount(self) -> Iterator[None]:
+        with self._lock:
+            self._mounting += 1
+            self._tell_busy(True)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._mounting -= 1
+                self._tell_busy(self._mounting > 0)
+
+    def _open_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
+        bootstrap = Path(instance.state.bootstrap)
+        try:
+            return erofs.open_detached(bootstrap, devices)
+        except MountError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, OSError) and cause.errno == errno.ENOTBLK):
+                raise
+        # It lies on tmpfs or the like; the probe has shown that the cache directory does not.
+        copy = instance.image.work_dir / f".bootstrap-{os.getpid()}-{instance.state.number}"
+        try:
+            shutil.copyfile(bootstrap, copy)
+            return erofs.open_detached(copy, devices)
+        finally:
+            copy.unlink(missing_ok=True)  # the mount keeps it alive
+
+    def _plain_file(self, image: Image, blob: int) -> Path | None:
+        """The blob's own file if every byte of it is there and verified."""
+        cache = image.open_cache(blob)
+        try:
+            path = cache.verified_file()
+            return path if path and path.stat().st_size >= image.blobs[blob].uncompressed_size else None
+        except (NydusError, OSError) as error:
+            log.debug("cache of blob %s: %s", image.blobs[blob].id, error)
+            return None
+        finally:
+            image.release_cache(blob)
+
+    def _detach(self, instance: Instance) -> None:
+        if instance.fuse is not None:
+            instance.fuse.close()
+        else:
+            erofs.umount(instance.state.path)
+
+    def _gone(self, instance: Instance) -> None:
+        """After an unmount, by whomever."""
+        with self._lock:
+            if not instance.state.mounted:
+                return
+            instance.state.mounted = False
+            self._runtime.pop(instance.state.mountpoint, None)
+        instance.image.close()
+        self._on_change()
+
+    def _remove_directories(self, mountpoint: str) -> None:
+        """The empty directories that a mount needed."""
+        self._dirty.set()
+        if not self._shared:
+            return
+        path = self.options.mountpoint / mountpoint.strip("/")
+        while path != self.options.mountpoint:
+            try:
+                path.rmdir()
+            except OSError:
+                return
+            path = path.parent
+
+    def _apply(self, mountpoint: str, values: dict[str, str]) -> None:
+        instance = self.instances().get(mountpoint)
+        set_auth = getattr(instance.image.backend, "set_auth", None) if instance else None
+        if set_auth is not None and "registry_auth" in values:
+            set_auth(values["registry_auth"])
+
+    @staticmethod
+    def _mount_id(saved: InstanceState) -> int:
+        found = table.at(saved.path) if saved.mounted and saved.provider != "fuse" else None
+        return found.id if found else 0
+
+    # The fuse provider
+
+    def _mount_fuse(self, instance: Instance) -> None:
+        from nydus.mount.fuse import FuseMount
+
+        instance.fuse = FuseMount.start(instance.image, Path(instance.state.path))
+
+    def _remount_fuse(self, instance: Instance) -> None:
+        """A library's FUSE connection cannot be taken over: the mount is replaced, open files are lost."""
+        with suppress(OSError):
+            syscalls.detach(instance.state.path)
+        try:
+            self._mount_fuse(instance)
+        except (NydusError, OSError) as error:
+            log.error("mounting %s again: %s", instance.state.path, error)
+
+
+def normal(mountpoint: str) -> str:
+    """A mountpoint in its one spelling. Raises MountError where it is not absolute or climbs."""
+    path = PurePosixPath(mountpoint)
+    if not path.is_absolute() or ".." in path.parts:
+        raise MountError(f"mountpoint {mountpoint!r} is not an absolute path")
+    return "/" + "/".join(path.parts[1:])
