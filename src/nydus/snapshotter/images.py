@@ -23,7 +23,7 @@ import msgspec
 from blake3 import blake3
 
 from nydus.daemon.client import DaemonError
-from nydus.errors import NydusError
+from nydus.errors import FormatError, NydusError
 from nydus.oci import reference as references
 from nydus.snapshotter import daemons, template
 from nydus.snapshotter import labels as label
@@ -258,10 +258,6 @@ class Images:
                 directory = self._directory(instance)
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _link(bootstrap, directory / "image.boot")
-                # Beside the bootstrap, not in the cache that other images share: nobody has checked them yet.
-                for chunks in bootstrap.parent.glob("*.blob.meta"):
-                    if chunks.is_file() and not chunks.is_symlink():
-                        _link(chunks, directory / chunks.name)
             with self._database.transaction() as db:
                 db.execute(
                     "INSERT OR IGNORE INTO instances VALUES (?, ?, ?, ?)", msgspec.structs.astuple(instance)
@@ -330,7 +326,8 @@ class Images:
         if not others:
             with suppress(OSError):
                 daemon.mountpoint.rmdir()
-        shutil.rmtree(self._directory(instance), ignore_errors=True)
+        directory = self._directory(instance)
+        shutil.rmtree(directory if others else directory.parent, ignore_errors=True)
         log.info("unmounted %s", instance.image)
 
     def _recover(self, instance: Instance) -> None:
@@ -468,9 +465,11 @@ def _blobs(bootstrap: Path) -> list[str]:
     """The blob IDs in a bootstrap's device table."""
     from nydus import rafs
 
+    if not bootstrap.stat().st_size:
+        raise FormatError("the bootstrap is empty", where=str(bootstrap))
     with open(bootstrap, "rb") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return [blob.id for blob in rafs.superblock(data, str(bootstrap)).blobs]
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return [blob.id for blob in rafs.superblock(data, str(bootstrap)).blobs]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,0 +1,363 @@
+"""Mounted images and their daemons, with a stand-in for nydusd."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nydus.snapshotter import daemons, images
+from nydus.snapshotter import labels as label
+from nydus.snapshotter.config import load
+from nydus.snapshotter.database import Database
+from nydus.snapshotter.errors import AlreadyExists, FailedPrecondition, NotFound, SnapshotError, Unavailable
+from nydus.snapshotter.images import Images
+from nydus.snapshotter.serve import Command
+from nydus.snapshotter.snapshotter import Snapshotter
+from nydus.snapshotter.store import Kind, Store
+from nydus.snapshotter.template import Template
+
+pytestmark = pytest.mark.root
+FAKE = Path(__file__).with_name("fake_nydusd.py")
+
+
+class Node:
+    """A snapshotter on a root of its own, and what containerd would ask of it."""
+
+    def __init__(self, root: Path, mode: str, **settings: object) -> None:
+        self.root, self.mode, self.settings = root, mode, settings
+        self.program = root.parent / "nydusd"
+        self.program.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+        self.program.chmod(0o755)
+        self.start()
+
+    def start(self) -> None:
+        overrides = {"root": str(self.root), "daemon_mode": self.mode, **self.settings}
+        self.config, _ = load(None, overrides)
+        self.database = Database(self.root / "metadata.db")
+        self.store = Store(self.database, self.root / "snapshots")
+        self.images = Images(
+            self.config,
+            self.database,
+            self.store,
+            Command(str(self.program)),
+            Template(None, self.config.cache_dir),
+        )
+        self.snapshotter = Snapshotter(self.config, self.store, self.images)
+
+    def stop(self) -> None:
+        self.images.close()
+        self.database.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def pull(self, name: str, bootstrap: bytes = b"boot", *, reference: str = "127.0.0.1:5/a/b:1") -> None:
+        """An image of a data layer and a bootstrap layer, as containerd pulls it into namespace ``name``."""
+        common = {label.IMAGE_REF: reference, label.LAYER_DIGEST: "sha256:" + "1" * 64}
+        data = f"sha256:{'d' * 64}"
+        try:
+            self.snapshotter.prepare(f"{name}/1/x", "", {**common, label.TARGET: data, label.BLOB: "true"})
+        except AlreadyExists:
+            pass
+        else:
+            pytest.fail("a data layer must be skipped")
+        labels = {**common, label.TARGET: f"sha256:{name}", label.BOOTSTRAP: "true"}
+        mounts = self.snapshotter.prepare(f"{name}/2/x", data, labels)
+        upper = next(o.partition("=")[2] for o in mounts[0].options if o.startswith("upperdir="))
+        (Path(upper) / "image").mkdir()
+        (Path(upper) / "image" / "image.boot").write_bytes(bootstrap)
+        self.snapshotter.commit(f"{name}/meta", f"{name}/2/x", labels)
+
+    def lower(self, key: str) -> Path:
+        options = self.snapshotter.mounts(key)[0].options
+        return Path(next(o.partition("=")[2] for o in options if o.startswith("lowerdir=")))
+
+    def mounts(self) -> list[Path]:
+        return daemons.mounts_below(self.root)
+
+    def daemon_pids(self) -> set[int]:
+        found = set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if os.fsencode(FAKE) in words and any(os.fsencode(self.root) in word for word in words):
+                    found.add(int(entry.name))
+        return found
+
+
+@pytest.fixture(params=["dedicated", "shared"])
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Node]:
+    (tmp_path / "r").mkdir()
+    made = Node(tmp_path / "r", request.param)
+    yield made
+    made.images.close(unmount=True)
+    made.database.close()
+    assert made.mounts() == []
+    assert made.daemon_pids() == set()
+
+
+def wait_for(condition: object, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_container_gets_the_image_as_its_lower_layer(node: Node) -> None:
+    node.pull("one")
+    made = node.snapshotter.prepare("c1", "one/meta", {})
+    assert made[0].type == "overlay"
+    keys = [option.partition("=")[0] for option in made[0].options]
+    assert keys == ["workdir", "upperdir", "lowerdir"]
+    assert (node.lower("c1") / "image.boot").read_bytes() == b"boot"
+    assert node.snapshotter.mounts("c1") == made
+
+
+def test_two_containers_and_two_namespaces_share_one_daemon(node: Node) -> None:
+    node.pull("one")
+    node.pull("two")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    node.snapshotter.prepare("c2", "one/meta", {})
+    node.snapshotter.prepare("c3", "two/meta", {})
+    assert node.lower("c1") == node.lower("c2") == node.lower("c3")
+    assert len(node.daemon_pids()) == 1
+    # The snapshot it was first mounted for may go while the other lives.
+    for key in ("c1", "c2", "one/meta"):
+        node.snapshotter.remove(key)
+    node.snapshotter.cleanup()
+    assert (node.lower("c3") / "image.boot").read_bytes() == b"boot"
+    for key in ("c3", "two/meta"):
+        node.snapshotter.remove(key)
+    node.snapshotter.cleanup()
+    assert node.mounts() == []
+    assert node.daemon_pids() == set()
+
+
+def test_the_same_bootstrap_of_another_repository_is_another_image(node: Node) -> None:
+    node.pull("one")
+    node.pull("two", reference="127.0.0.1:5/other:1")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    node.snapshotter.prepare("c2", "two/meta", {})
+    assert node.lower("c1") != node.lower("c2")
+
+
+def test_many_at_once_start_one_daemon(node: Node) -> None:
+    node.pull("one", b"slow")
+    threads = [
+        threading.Thread(target=node.snapshotter.prepare, args=(f"c{i}", "one/meta", {})) for i in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({node.lower(f"c{i}") for i in range(16)}) == 1
+    assert len(node.daemon_pids()) == 1
+
+
+def test_too_many_waiting_calls_are_sent_away(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.images._waiting = threading.BoundedSemaphore(1)
+    node.pull("one", b"slow")
+    first = threading.Thread(target=node.snapshotter.prepare, args=("c1", "one/meta", {}))
+    first.start()
+    time.sleep(0.3)
+    with pytest.raises(Unavailable):
+        node.snapshotter.prepare("c2", "one/meta", {})
+    first.join()
+    with pytest.raises(NotFound):
+        node.snapshotter.stat("c2")
+
+
+def test_a_slow_daemon_does_not_hold_a_call_for_ever(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "WAIT", 0.1)
+    node.pull("one", b"slow")
+    with pytest.raises(Unavailable, match="try again"):
+        node.snapshotter.prepare("c1", "one/meta", {})
+    monkeypatch.setattr(images, "WAIT", 10)
+    node.snapshotter.prepare("c1", "one/meta", {})
+
+
+def test_a_daemon_that_fails_is_quoted_at_once(node: Node) -> None:
+    node.pull("one", b"die")
+    started = time.monotonic()
+    with pytest.raises(SnapshotError, match="this bootstrap cannot be mounted") as caught:
+        node.snapshotter.prepare("c1", "one/meta", {})
+    assert time.monotonic() - started < 3
+    assert caught.value.code == "UNKNOWN"
+    with pytest.raises(NotFound):
+        node.snapshotter.stat("c1")
+    assert [path.name for path in (node.root / "snapshots").iterdir() if path.name == "3"] == []
+
+
+def test_a_pull_without_image_labels_says_what_to_change(node: Node) -> None:
+    node.pull("one", reference="")
+    with pytest.raises(FailedPrecondition, match="disable_snapshot_annotations"):
+        node.snapshotter.prepare("c1", "one/meta", {})
+
+
+def test_a_view_is_repeated_by_mounts(node: Node) -> None:
+    node.pull("one")
+    made = node.snapshotter.view("v", "one/meta", {})
+    lower = made[0].options[-1].removeprefix("lowerdir=").split(":")
+    assert (Path(lower[0]) / "image.boot").exists()
+    assert len(lower) == 2, "an overlay without a writable layer needs two"
+    assert node.snapshotter.mounts("v") == made
+    with pytest.raises(SnapshotError, match="topmost"):
+        node.snapshotter.view("w", f"sha256:{'d' * 64}", {})
+
+
+def test_a_restart_adopts_what_runs(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    before, pids = node.lower("c1"), node.daemon_pids()
+    node.restart()
+    node.images.recover()
+    assert node.lower("c1") == before
+    node.snapshotter.prepare("c2", "one/meta", {})
+    assert node.daemon_pids() == pids
+
+
+def test_a_dead_daemon_comes_back(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    (pid,) = node.daemon_pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: node.daemon_pids() - {pid})
+    wait_for(lambda: (node.lower("c1") / "image.boot").exists())
+    node.snapshotter.prepare("c2", "one/meta", {})
+    assert len(node.daemon_pids()) == 1
+
+
+def test_a_daemon_that_died_unwatched_comes_back(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    node.stop()
+    (pid,) = node.daemon_pids()
+    os.kill(pid, signal.SIGKILL)
+    node.start()
+    node.images.recover()
+    wait_for(lambda: node.daemon_pids() - {pid})
+    assert (node.lower("c1") / "image.boot").exists()
+
+
+def test_after_a_reboot_nothing_starts_until_it_is_asked_for(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    node.stop()
+    for pid in node.daemon_pids():
+        os.kill(pid, signal.SIGKILL)
+    daemons.detach(node.root)
+    node.start()
+    node.images.recover()
+    time.sleep(0.3)
+    assert node.daemon_pids() == set()
+    assert (node.lower("c1") / "image.boot").exists()
+
+
+def test_removing_everything_leaves_nothing(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    for key in ("c1", "one/meta", f"sha256:{'d' * 64}"):
+        node.snapshotter.remove(key)
+    (node.config.cache_dir / ("a" * 64 + ".blob.data")).touch()
+    (node.config.cache_dir / "somebody's notes").touch()
+    node.snapshotter.cleanup()
+    assert node.mounts() == []
+    files = {str(path.relative_to(node.root)) for path in node.root.rglob("*") if not path.is_dir()}
+    assert {name for name in files if not name.startswith("metadata.db")} == {"cache/somebody's notes"}
+    assert list((node.root / "snapshots").iterdir()) == []
+    for name in ("mnt", "socket", "config", "logs"):
+        assert list((node.root / name).rglob("*")) == [], name
+
+
+def test_usage_of_a_data_layer_counts_its_cache(node: Node) -> None:
+    node.pull("one")
+    name = f"sha256:{'d' * 64}"
+    before = node.snapshotter.usage(name)
+    (node.config.cache_dir / ("1" * 64 + ".blob.data")).write_bytes(bytes(100_000))
+    size, inodes = node.snapshotter.usage(name)
+    assert size - before[0] >= 100_000
+    assert inodes == before[1] + 1
+
+
+@pytest.mark.vectors
+def test_cached_blobs_stay_while_an_image_needs_them(node: Node, vectors: Path) -> None:
+    bootstrap = (vectors / "v6-dir-zstd" / "bootstrap").read_bytes()
+    node.pull("one", bootstrap)
+    (blob,) = [path.name for path in (vectors / "v6-dir-zstd" / "blobs").iterdir()]
+    cached = node.config.cache_dir / f"{blob}.blob.data"
+    cached.touch()
+    node.snapshotter.cleanup()
+    assert cached.exists(), "pulled, not mounted"
+    node.snapshotter.remove("one/meta")
+    node.settings["cache_manager.gc_period"] = "1h"
+    node.restart()
+    node.snapshotter.cleanup()
+    assert cached.exists(), "its period has not passed"
+    node.settings["cache_manager.gc_period"] = "0s"
+    node.restart()
+    node.snapshotter.cleanup()
+    assert not cached.exists()
+
+
+def test_overlay_for_virtual_machines_carries_no_secrets(tmp_path: Path) -> None:
+    import base64
+    import json
+
+    (tmp_path / "r").mkdir()
+    node = Node(tmp_path / "r", "dedicated", **{"snapshot.enable_nydus_overlayfs": True})
+    try:
+        node.pull("one")
+        made = node.snapshotter.prepare("c1", "one/meta", {label.VOLATILE: ""})
+        assert made[0].type == "fuse.nydus-overlayfs"
+        assert "volatile" in made[0].options
+        extra = next(o.removeprefix("extraoption=") for o in made[0].options if o.startswith("extraoption="))
+        value = json.loads(base64.b64decode(extra))
+        assert set(value) == {"source", "config", "snapshotdir", "fs_version"}
+        assert "auth" not in value["config"]
+    finally:
+        node.images.close(unmount=True)
+        node.database.close()
+
+
+def test_layers_of_ordinary_images(node: Node) -> None:
+    made = node.snapshotter.prepare("a", "", {})
+    assert made == [("bind", str(node.store.directory(1) / "fs"), ["rw", "rbind"])]
+    node.snapshotter.commit("A", "a", {})
+    assert node.snapshotter.view("v", "A", {}) == [
+        ("bind", str(node.store.directory(1) / "fs"), ["ro", "rbind"])
+    ]
+    node.snapshotter.prepare("b", "A", {})
+    node.snapshotter.commit("B", "b", {})
+    made = node.snapshotter.prepare(
+        "c", "B", {label.UID_MAPPING: "0:1000:10", label.GID_MAPPING: "0:1000:10"}
+    )
+    directory = node.store.directory(node.store.get("c").id)
+    lower = ":".join(str(node.store.directory(node.store.get(name).id) / "fs") for name in "BA")
+    assert made == [
+        (
+            "overlay",
+            "overlay",
+            [
+                f"workdir={directory}/work",
+                f"upperdir={directory}/fs",
+                "uidmap=0:1000:10",
+                "gidmap=0:1000:10",
+                f"lowerdir={lower}",
+            ],
+        )
+    ]
+    assert (directory / "fs").stat().st_uid == 1000
+    with pytest.raises(FailedPrecondition):
+        node.snapshotter.mounts("A")
+    assert node.store.get("A").kind == Kind.COMMITTED
