@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
+from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.select import Image, host_platform, select
@@ -19,9 +19,6 @@ from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Platform
 from nydus.oci.place import RegistryPlace, Sink, SinkPlace, SourcePlace
-
-if TYPE_CHECKING:
-    from nydus.convert.layer import Converted
 
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
@@ -138,8 +135,6 @@ def _convert_layers(
     progress: Progress,
 ) -> tuple[list[LayerProgress], dict[str, Converted]]:
     """Converts every distinct layer once."""
-    from nydus.convert.layer import Job
-
     distinct: dict[str, tuple[int, Descriptor]] = {}
     for found in images:
         for number, layer in enumerate(found.manifest.layers, 1):

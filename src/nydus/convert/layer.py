@@ -4,53 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from nydus.build.layer import BuildOptions, build_layer
+from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
-from nydus.oci.model import Descriptor
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
-from nydus.rafs.model import Compression, Tree
+from nydus.rafs.model import Compression
 
 _COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
 _REPORT_SECONDS = 0.1
 
 #: (source bytes read, blob bytes built, blob bytes sent), called often.
 Report = Callable[[int, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One layer to convert, with all that another process needs to know.
-
-    Attributes:
-        number: of the layer in its image, from 1; for messages.
-    """
-
-    number: int
-    layer: Descriptor
-    source: SourcePlace
-    target: SinkPlace
-    options: ConvertOptions
-
-
-@dataclass(slots=True)
-class Converted:
-    """One layer that is in the target.
-
-    Attributes:
-        tree: its file system, for the merge.
-        meta: its ``blob.meta`` file, b"" for a layer without file data.
-        duplicates: chunks that were found more than once.
-    """
-
-    digest: str
-    size: int
-    tree: Tree
-    meta: bytes
-    duplicates: int
-    seconds: float
 
 
 def build_options(options: ConvertOptions) -> BuildOptions:

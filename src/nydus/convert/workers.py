@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from nydus.errors import NydusError
 
 if TYPE_CHECKING:
-    from nydus.convert.layer import Converted, Job
+    from nydus.convert.job import Converted, Job
 
 _FRAME = struct.Struct("<Q")
 _PATIENCE = 5.0

@@ -84,6 +84,9 @@ class RegistryServer:
         ConfigError: the address is wrong or taken.
     """
 
+    #: What answers the requests of one connection.
+    handler: type[Handler]
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -237,7 +240,7 @@ class _Server(ThreadingHTTPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         try:
-            super().__init__(address, Handler)
+            super().__init__(address, registry.handler)
         except OSError as error:
             raise ConfigError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror}") from error
 
@@ -604,3 +607,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.registry.throttle.take(len(data))
             self.wfile.write(data)
             self.registry.count(sent=len(data))
+
+
+RegistryServer.handler = Handler

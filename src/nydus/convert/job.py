@@ -1,0 +1,46 @@
+"""What goes to and comes from the processes that convert layers; light to import: no process waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nydus.convert.options import ConvertOptions
+from nydus.oci.model import Descriptor
+from nydus.oci.place import SinkPlace, SourcePlace
+
+if TYPE_CHECKING:
+    from nydus.rafs.model import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One layer to convert, with all that another process needs to know.
+
+    Attributes:
+        number: of the layer in its image, from 1; for messages.
+    """
+
+    number: int
+    layer: Descriptor
+    source: SourcePlace
+    target: SinkPlace
+    options: ConvertOptions
+
+
+@dataclass(slots=True)
+class Converted:
+    """One layer that is in the target.
+
+    Attributes:
+        tree: its file system, for the merge.
+        meta: its ``blob.meta`` file, b"" for a layer without file data.
+        duplicates: chunks that were found more than once.
+    """
+
+    digest: str
+    size: int
+    tree: Tree
+    meta: bytes
+    duplicates: int
+    seconds: float
