@@ -283,6 +283,7 @@ def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
     count = int(chunks["index"].max()) + 1 if len(chunks) else 0
     if count > checks.MAX_CHUNKS:
         raise FormatError("the index of a chunk is too large", where=where, found=count - 1)
+    # Nobody vouches for a count that no chunk bears out, so it may not cost much memory.
     count = max(count, min(blob.chunk_count, 1 << 16))
     index = chunks["index"].astype(np.int64)
 
