@@ -443,7 +443,10 @@ class BlobStream(io.RawIOBase):
                 piece = transport.read(self._response, size)
                 if not piece and self._size is not None and self._position < self._size:
                     where = f"{self._repository}: {self._digest}"
-                    raise BackendError(f"{where}: truncated: {self._position} of {self._size} bytes")
+                    what = f"truncated: {self._position} of {self._size} bytes"
+                    # Without a length the end may as well have been a broken connection.
+                    told = "Content-Length" in self._response.headers
+                    raise BackendError(f"{where}: {what}", permanent=told)
                 break
             except BackendError as error:
                 self._drop()
