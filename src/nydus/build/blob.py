@@ -26,6 +26,8 @@ from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, ChunkFlag, Com
 
 Piece = bytes | bytearray | memoryview
 Sink = Callable[[bytes], object]
+#: Gets some pieces of a file when a worker wants them.
+Load = Callable[[], list[Piece]]
 
 #: Bytes digested, or compressed, in one go by a worker thread.
 BATCH_SIZE = 1 << 20
@@ -136,10 +138,10 @@ class BlobWriter:
         self._depth = threads + 1
         self._pool = ThreadPoolExecutor(threads, "blob-writer")
         # Pieces not yet handed to a worker, and whether each is all of its file.
-        self._pieces: list[Piece] = []
+        self._pieces: list[Piece | Load] = []
         self._alone: list[bool] = []
         self._size = 0
-        self._digesting: deque[tuple[list[Piece], list[bool], Future[list[bytes]]]] = deque()
+        self._digesting: deque[tuple[list[bool], Future[_Digested]]] = deque()
         self._compressing: deque[tuple[list[_Unit], Future[_Stored]]] = deque()
         self._batch = _Unit([], True)
         self._batch_bytes = 0
@@ -176,13 +178,25 @@ class BlobWriter:
         """
         first = self._count
         for piece in pieces:
-            self._pieces.append(piece)
-            self._alone.append(alone)
-            self._count += 1
-            self._size += len(piece)
-            if self._size >= BATCH_SIZE or len(self._pieces) >= BATCH_COUNT:
-                self._digest_batch()
+            self._add(piece, 1, len(piece), alone)
         return first, self._count - first
+
+    def add_later(self, load: Load, count: int, size: int, alone: bool = False) -> None:
+        """Store ``count`` pieces, ``size`` bytes in all, that a worker thread will get from ``load``."""
+        self._add(load, count, size, alone)
+
+    @property
+    def count(self) -> int:
+        """Chunk references given out so far."""
+        return self._count
+
+    def _add(self, piece: Piece | Load, count: int, size: int, alone: bool) -> None:
+        self._pieces.append(piece)
+        self._alone += [alone] * count
+        self._count += count
+        self._size += size
+        if self._size >= BATCH_SIZE or len(self._alone) >= BATCH_COUNT:
+            self._digest_batch()
 
     def flush(self) -> None:
         """Wait until everything is stored."""
@@ -266,17 +280,17 @@ class BlobWriter:
         if not self._pieces:
             return
         future = self._pool.submit(_digest, self.info.digester, self._pieces)
-        self._digesting.append((self._pieces, self._alone, future))
+        self._digesting.append((self._alone, future))
         self._pieces, self._alone, self._size = [], [], 0
-        while len(self._digesting) > self._depth or self._digesting[0][2].done():
+        while len(self._digesting) > self._depth or self._digesting[0][1].done():
             self._look_up(*self._digesting.popleft())
             if not self._digesting:
                 break
 
-    def _look_up(self, pieces: list[Piece], alone: list[bool], future: Future[list[bytes]]) -> None:
+    def _look_up(self, alone: list[bool], future: Future[_Digested]) -> None:
         units: list[_Unit] = []
         own, references = self._own, self._references
-        for piece, digest, single in zip(pieces, future.result(), alone, strict=True):
+        for (piece, digest), single in zip(future.result(), alone, strict=True):
             number = own.get(digest)
             if number is None:
                 if self._dictionary and (foreign := self._find_foreign(digest, len(piece))) is not None:
@@ -366,11 +380,18 @@ class BlobWriter:
         self._sink.write(b"".join(stored))
 
 
+_Digested = list[tuple[Piece, bytes]]
 _Stored = tuple[list[Piece], list[int], list[int]]
 
 
-def _digest(kind: Digester, pieces: list[Piece]) -> list[bytes]:
-    return [codec.digest(kind, piece) for piece in pieces]
+def _digest(kind: Digester, pieces: list[Piece | Load]) -> _Digested:
+    result: _Digested = []
+    for piece in pieces:
+        if callable(piece):
+            result += [(loaded, codec.digest(kind, loaded)) for loaded in piece()]
+        else:
+            result.append((piece, codec.digest(kind, piece)))
+    return result
 
 
 def _compress(info: BlobInfo, units: list[_Unit]) -> _Stored:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
-from nydus.build.blob import Sink
+from nydus.build.blob import Piece, Sink
 from nydus.build.layer import BuildOptions, LayerBuilder, LayerResult, device, known_xattrs
 from nydus.build.merge import Whiteout
 from nydus.build.tree import TreeBuilder
 from nydus.errors import NydusError
 from nydus.rafs.model import Xattrs
 
-#: A file up to this size is read at once and then cut, so that it costs one read.
-_WHOLE = 1 << 20
+#: Bytes of a file read at once and then cut into chunks. A multiple of every smaller chunk size.
+_STEP = 1 << 20
 
 
 def build_directory(
@@ -39,12 +40,16 @@ def build_directory(
         builder, files = scan(path, options)
         ordered, first = _file_order(builder, files, patterns)
         chunk_size = options.chunk_size
+        step = max(_STEP, chunk_size)
         for position, number in enumerate(ordered):
             if position == first:
                 layer.prefetch_end()
             size, name = files[number]
-            start, count = layer.writer.add(_read(name, size, chunk_size), size <= chunk_size)
-            builder.set_chunks(number, start, count)
+            builder.set_chunks(number, layer.writer.count, -(-size // chunk_size))
+            for offset in range(0, size, step):
+                length = min(step, size - offset)
+                load = partial(_read, name, offset, length, chunk_size)
+                layer.writer.add_later(load, -(-length // chunk_size), length, size <= chunk_size)
         if first == len(ordered):
             layer.prefetch_end()
         return layer.finish(builder, patterns)
@@ -158,30 +163,22 @@ def _file_order(
     return [*first, *(number for number in in_order if number not in first)], len(first)
 
 
-def _read(path: bytes, size: int, chunk_size: int) -> Iterator[bytes | memoryview]:
+def _read(path: bytes, offset: int, size: int, chunk_size: int) -> list[Piece]:
+    """The chunks of a part of a file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            left = size
-            while left:
-                block = _read_exactly(descriptor, min(left, max(_WHOLE, chunk_size)))
-                if not block:
+            block = os.pread(descriptor, size, offset)
+            while len(block) < size:
+                more = os.pread(descriptor, size - len(block), offset + len(block))
+                if not more:
                     raise NydusError(f"{os.fsdecode(path)}: got shorter while it was read")
-                left -= len(block)
-                view = memoryview(block)
-                for start in range(0, len(block), chunk_size):
-                    yield view[start : start + chunk_size]
+                block += more
         finally:
             os.close(descriptor)
     except OSError as error:
         raise NydusError(f"{os.fsdecode(path)}: cannot be read: {error.strerror}") from None
-
-
-def _read_exactly(descriptor: int, size: int) -> bytes:
-    block = os.read(descriptor, size)
-    while len(block) < size:
-        more = os.read(descriptor, size - len(block))
-        if not more:
-            return b""
-        block += more
-    return block
+    if size <= chunk_size:
+        return [block]
+    view = memoryview(block)
+    return [view[start : start + chunk_size] for start in range(0, size, chunk_size)]

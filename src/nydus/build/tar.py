@@ -96,16 +96,7 @@ class TarReader:
             if header == _ZERO:
                 # The end is two zero blocks; Go and GNU tar accept one at the end of the stream.
                 break
-            stored_sum = self._number(header, 148, 156, start)
-            unsigned = sum(header) - sum(header[148:156]) + 256
-            if unsigned != stored_sum:
-                signed = unsigned - 256 * sum(
-                    byte > 127 for i, byte in enumerate(header) if not 148 <= i < 156
-                )
-                if signed != stored_sum:
-                    raise self._fail(
-                        "not a tar header: wrong checksum", start, expected=stored_sum, found=unsigned
-                    )
+            self._check_sum(header, start)
             kind = header[156]
             if kind in b"LKx":
                 text = self._extension(self._number(header, 124, 136, start), start)
@@ -154,6 +145,13 @@ class TarReader:
                 else:
                     extents[-1] = [offset + step, extent - step]
             yield bytes(piece)
+
+    def _check_sum(self, header: bytes, at: int) -> None:
+        expected = self._number(header, 148, 156, at)
+        found = sum(header) - sum(header[148:156]) + 8 * 32
+        # Some old programs summed signed bytes.
+        if expected != found and expected != found - 256 * sum(b > 127 for b in header[:148] + header[156:]):
+            raise self._fail("not a tar header: wrong checksum", at, expected=expected, found=found)
 
     def _number(self, header: bytes, start: int, end: int, at: int) -> int:
         """An octal or base-256 field; blank is 0."""
@@ -234,9 +232,19 @@ class TarReader:
         type_ = _TYPES.get(kind)
         if type_ is None:
             raise self._fail("the archive has a member of an unknown type", at, found=chr(kind))
-        mode = self._number(header, 100, 108, at) & 0o7777 | type_
-        uid, gid = self._number(header, 108, 116, at), self._number(header, 116, 124, at)
-        size, mtime = self._number(header, 124, 136, at), self._number(header, 136, 148, at)
+        try:  # nearly always plain octal
+            text = header[100:148].replace(b"\0", b" ")
+            mode, uid, gid = int(text[:8], 8), int(text[8:16], 8), int(text[16:24], 8)
+            size, mtime = int(text[24:36], 8), int(text[36:], 8)
+        except ValueError:
+            number = self._number
+            mode, uid, gid = (
+                number(header, 100, 108, at),
+                number(header, 108, 116, at),
+                number(header, 116, 124, at),
+            )
+            size, mtime = number(header, 124, 136, at), number(header, 136, 148, at)
+        mode = mode & 0o7777 | type_
         xattrs: tuple[tuple[bytes, bytes], ...] = ()
         records = pending.records
         if pending.name is not None:
