@@ -148,7 +148,8 @@ class RegistryBackend(MeteredBackend):
                 return result
             except BackendError as error:
                 log.info("blob %s: %s: %s; trying the next source", blob_id, way.name, error)
-                way.failed(error)
+                if error.status not in (404, 416):  # says something of the blob, not of the way
+                    way.failed(error)
         return ask(ways[-1].repository, f"sha256:{blob_id}")
 
     def _read(self, blob_id: str, offset: int, size: int) -> bytes:
