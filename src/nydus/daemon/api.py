@@ -188,6 +188,7 @@ class ApiServer:
             raise WrongState("Takeover")
         state, descriptors = transfer.pull(supervisor)
         self._daemon.restore(state, *descriptors)
+        self._daemon.report()
 
     # Mounts
 

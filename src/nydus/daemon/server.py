@@ -139,7 +139,7 @@ class Daemon:
         self._enter(RUNNING)
 
     def restore(self, state: State, device: int | None, mount: int | None) -> None:
-        """INIT → READY: becomes the daemon whose state this is, without serving yet."""
+        """INIT → READY: becomes the daemon whose state this is, without serving or reporting yet."""
         with self._lock:
             if self.state != INIT:
                 raise WrongState("Takeover")
@@ -158,7 +158,8 @@ class Daemon:
                 self.devices.adopt(device, -1 if mount is None else mount, state.files, images)
             for mountpoint, values in self._runtime.items():
                 self._apply(mountpoint, values)
-            self._enter(READY)
+            # Not reported: if this process dies now, its successor must find RUNNING if that is what it was.
+            self.state = READY
 
     def resume(self) -> None:
         """READY → RUNNING after a takeover: from here on this process answers the kernel."""
@@ -221,7 +222,7 @@ class Daemon:
                     instance.state.mounted = True
                 finally:
                     instance.mounting = False
-                    self._changed()
+                    self.report()
             except BaseException:
                 image.close()
                 self._remove_directories(mountpoint)
@@ -254,7 +255,7 @@ class Daemon:
             self.instance(mountpoint)
             self._apply(normal(mountpoint), values)
             self._runtime.setdefault(normal(mountpoint), {}).update(values)
-        self._changed()
+        self.report()
 
     def runtime(self, mountpoint: str | None) -> dict[str, str]:
         """Run-time values with credentials blanked; of all mounts, as ``<mountpoint>:<key>``, for None."""
@@ -280,15 +281,15 @@ class Daemon:
 
     def _enter(self, state: str) -> None:
         self.state = state
-        self._changed()
+        self.report()
 
-    def _changed(self) -> None:
+    def report(self) -> None:
         with self._lock:
             self._report(self.snapshot())
 
     def _on_change(self) -> None:
         """A file was opened or closed: a successor must know, and perhaps something is of no more use."""
-        self._changed()
+        self.report()
         self._dirty.set()
         with self._lock:
             if self._collector is None:
@@ -310,7 +311,7 @@ class Daemon:
                 for number, instance in list(self._instances.items()):
                     if not instance.alive and number not in owners:
                         del self._instances[number]
-            self._changed()
+            self.report()
 
     @contextmanager
     def _claim(self, mountpoint: str) -> Iterator[None]:
@@ -405,7 +406,7 @@ class Daemon:
                 state.nodes.append(file.node)
                 paths.append(self.devices.path(file))
         # A successor must be able to answer for these files while the kernel opens them.
-        self._changed()
+        self.report()
         with self._in_mount():
             mount = self._open_erofs(instance, paths)
         try:

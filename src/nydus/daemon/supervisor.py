@@ -30,6 +30,7 @@ from nydus.mount import syscalls
 
 log = logging.getLogger(__name__)
 
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _STOP_SECONDS = 5.0  # for the worker to unmount
 _QUICK = 10.0  # a worker that lived shorter than this did not get far
 _GIVE_UP = 10  # crashes of such workers in a row
@@ -50,7 +51,7 @@ class Supervisor:
         self._inode: tuple[int, int] | None = None
         self._descriptors: list[int] = []
         self._state: bytes | None = None
-        self._ready = self._busy = False
+        self._ready = self._busy = self._bye = False
         self._dying: list[int] = []
         self._stopping = 0.0
         self._crashes = 0
@@ -62,7 +63,7 @@ class Supervisor:
         wake.setblocking(False)
         waker.setblocking(False)
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (*_STOP_SIGNALS, signal.SIGCHLD):
             signal.signal(number, _ignore)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         try:
@@ -144,7 +145,7 @@ class Supervisor:
             events = {fd for fd, _ in poll.poll(None if patient else _POLL)}
             if wake.fileno() in events:
                 numbers = _drain(wake)
-                if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self._stopping:
+                if _STOP_SIGNALS & set(numbers) and not self._stopping:
                     self._stopping = time.monotonic()
                     _kill(pid, signal.SIGTERM)
             self._hear(receiver)
@@ -152,7 +153,7 @@ class Supervisor:
                 log.error("the worker does not end; killing it")
                 self._close_descriptors()
                 _kill(pid, signal.SIGKILL)
-                self._stopping = time.monotonic()
+                self._bye, self._stopping = True, time.monotonic()
             status = _reap(pid)
             self._dying = [other for other in self._dying if _reap(other) is None]
             if status is None and not (self._busy and self._ready and _is_zombie(pid)):
@@ -161,19 +162,24 @@ class Supervisor:
                 self._dying.append(pid)
             self._hear(receiver)
             receiver.close()
-            if status == 0 or self._stopping or not self._ready:
-                return 0 if self._stopping else (1 if status is None or status < 0 else status)
-            lived = time.monotonic() - born
-            if not self._go_on(status, lived):
+            if status == 0 or self._bye:
+                return 0
+            if not self._ready:
+                return 1 if status is None or status < 0 else status
+            if not self._go_on(status, time.monotonic() - born):
                 return 1
             self._busy = False
             pid, receiver, born = *self._fork(takeover), time.monotonic()
+            if self._stopping:
+                _kill(pid, signal.SIGTERM)  # somebody must unmount
 
     def _fork(self, takeover: bool) -> tuple[int, Receiver]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        # A signal that comes before the worker can handle it must wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         pid = os.fork()
         if pid == 0:
             status = 1
@@ -191,6 +197,7 @@ class Supervisor:
                 with suppress(Exception):
                     logging.shutdown()
                 os._exit(status)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         theirs.close()
         return pid, Receiver(ours)
 
@@ -212,6 +219,7 @@ class Supervisor:
                 print(f"nydusd: {body.decode(errors='replace')}", file=sys.stderr, flush=True)
             elif kind == Message.BYE:
                 self._close_descriptors()
+                self._bye = True
                 self._stopping = self._stopping or time.monotonic()
 
     def _go_on(self, status: int | None, lived: float) -> bool:

@@ -61,6 +61,7 @@ def run(
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.request())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     to_supervisor = Sender(connection)
     daemon = Daemon(
         options,
