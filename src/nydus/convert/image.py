@@ -13,12 +13,12 @@ from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
-from nydus.convert.select import Image, host_platform, select
+from nydus.convert.select import Image, host_platform, reference_name, select
 from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Platform
-from nydus.oci.place import RegistryPlace, Sink, SinkPlace, SourcePlace
+from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
@@ -69,7 +69,7 @@ def image(
     options, progress = options or ConvertOptions(), progress or Silent()
     if platforms is not None and not platforms:
         platforms = (host_platform(),)
-    name = _reference_name(target)
+    name = reference_name(target)
     with Workers(options.workers or os.cpu_count() or 1) as workers:
         started = time.monotonic()
         progress.note(f"pulling image {source}")
@@ -204,16 +204,3 @@ def _put_index(
         schema_version=2, media_type=media_type, manifests=tuple(manifests), annotations=index.annotations
     )
     return writer.put_manifest(name, model.encode(written), media_type)
-
-
-def _reference_name(target: SinkPlace) -> str:
-    """The name under which the target is stored.
-
-    Raises:
-        ConfigError: it is a digest, which is known only afterwards.
-    """
-    if isinstance(target, RegistryPlace):
-        if target.reference.digest:
-            raise ConfigError(f"{target}: the target must be a tag, not a digest")
-        return target.reference.tag
-    return target.target or "latest"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nydus.errors import ConfigError, FormatError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, ImageConfig, Index, Manifest, Platform
-from nydus.oci.place import Source
+from nydus.oci.place import RegistryPlace, SinkPlace, Source
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _ATTESTATION = "vnd.docker.reference.type"
@@ -72,15 +72,20 @@ def matches(found: Platform, wanted: Platform) -> bool:
 
 
 def select(
-    source: Source, reference: str, where: str, platforms: Sequence[Platform] | None
+    source: Source,
+    reference: str,
+    where: str,
+    platforms: Sequence[Platform] | None,
+    *,
+    attestations: bool = False,
 ) -> tuple[Index | None, list[Image]]:
     """Reads the manifests and configs of the images wanted.
 
     Args:
         reference: tag or digest.
         where: name of the image, for messages.
-        platforms: None is all. A single manifest is taken whatever its platform is, unless exactly one
-            platform is asked for and its config names another.
+        platforms: None is all. A single manifest is taken whatever its platform is.
+        attestations: with all platforms, take what is no image (signatures, Nydus manifests) too.
 
     Returns:
         The index, None where the reference is a single manifest, and the images in its order.
@@ -94,7 +99,7 @@ def select(
     document = model.decode_image(data, descriptor.media_type, where)
     if isinstance(document, Manifest):
         return None, [_image(source, descriptor, data, document, where)]
-    entries = [entry for entry in document.manifests if _is_image(entry)]
+    entries = [entry for entry in document.manifests if attestations or _is_image(entry)]
     chosen: list[Descriptor] = []
     if platforms is None:
         chosen = entries
@@ -138,3 +143,16 @@ def _image(source: Source, descriptor: Descriptor, data: bytes, manifest: Manife
             raise FormatError("no container image: it has no layers", where=where) from None
         raise
     return Image(descriptor, manifest, data, config, raw)
+
+
+def reference_name(target: SinkPlace) -> str:
+    """The name under which an image is stored.
+
+    Raises:
+        ConfigError: it is a digest, which is known only afterwards.
+    """
+    if isinstance(target, RegistryPlace):
+        if target.reference.digest:
+            raise ConfigError(f"{target}: the target must be a tag, not a digest")
+        return target.reference.tag
+    return target.target or "latest"

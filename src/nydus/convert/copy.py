@@ -1,0 +1,142 @@
+"""Images from one place to another as they are."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import msgspec
+
+from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.select import Image, reference_name, select
+from nydus.errors import BackendError
+from nydus.oci import model
+from nydus.oci.model import Descriptor, Platform
+from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace
+
+_PIECE = 1 << 20
+_AT_ONCE = 4
+
+
+@dataclass(slots=True)
+class Copied:
+    """What a copy did; bytes.
+
+    ``present`` is what the target had already (or could link from another of its repositories).
+    """
+
+    descriptor: Descriptor
+    blobs: int = 0
+    sent: int = 0
+    present: int = 0
+
+
+def copy(
+    source: SourcePlace,
+    target: SinkPlace,
+    progress: Progress | None = None,
+    platforms: Sequence[Platform] | None = None,
+) -> Copied:
+    """Copies an image; every document keeps its bytes and so its digest.
+
+    Args:
+        platforms: None copies all, with the index. Of an index, one platform gives its plain manifest,
+            several give an index of them.
+
+    Raises:
+        NydusError: what is wrong and where; the target's tag is written last, so it is not there then.
+    """
+    progress = progress or Silent()
+    name = reference_name(target)
+    reader, writer = source.open(), target.open_sink()
+    progress.note(f"pulling image {source}")
+    index, images = select(reader, source.target, str(source), platforms, attestations=platforms is None)
+    progress.note(f"copying image {source}")
+    copied = _copy_blobs(reader, writer, images, _common_repository(source, target), progress)
+    for image in images:
+        reference = (
+            name if index is None or len(images) == 1 != len(index.manifests) else image.descriptor.digest
+        )
+        copied.descriptor = writer.put_manifest(reference, image.raw_manifest, image.manifest.media_type)
+    if index is not None and (len(images) > 1 or len(index.manifests) == 1):
+        if len(images) == len(index.manifests):
+            _, data = reader.manifest(source.target)
+        else:
+            chosen = tuple(image.descriptor for image in images)
+            data = model.encode(msgspec.structs.replace(index, manifests=chosen))
+        copied.descriptor = writer.put_manifest(name, data, index.media_type)
+    progress.note(f"copied image {target}")
+    return copied
+
+
+def _common_repository(source: SourcePlace, target: SinkPlace) -> str:
+    """The repository to link blobs from, if both are in the same registry."""
+    if not (isinstance(source, RegistryPlace) and isinstance(target, RegistryPlace)):
+        return ""
+    same = source.reference.endpoint == target.reference.endpoint
+    return source.reference.repository if same else ""
+
+
+def _copy_blobs(
+    reader: Source, writer: Sink, images: Sequence[Image], repository: str, progress: Progress
+) -> Copied:
+    blobs: dict[str, Descriptor] = {}
+    for image in images:
+        for blob in (*image.manifest.layers, image.manifest.config):
+            if not blob.urls or reader.has_blob(blob.digest):  # foreign layers stay where they are
+                blobs.setdefault(blob.digest, blob)
+    states = [LayerProgress(n, blob.digest, blob.size) for n, blob in enumerate(blobs.values(), 1)]
+    progress.layers(states)
+    stopped = threading.Event()
+    copied = Copied(images[0].descriptor, len(blobs))
+    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1) * 2, "copy") as pool:
+        pending = {
+            pool.submit(copy_blob, reader, writer, state, repository, progress, stopped) for state in states
+        }
+        try:
+            for done in as_completed(pending):
+                sent = done.result()
+                copied.sent += sent
+        except BaseException:
+            stopped.set()
+            for waiting in pending:
+                waiting.cancel()
+            raise
+    copied.present = sum(state.size for state in states) - copied.sent
+    return copied
+
+
+def copy_blob(
+    reader: Source,
+    writer: Sink,
+    state: LayerProgress,
+    repository: str = "",
+    progress: Progress | None = None,
+    stopped: threading.Event | None = None,
+) -> int:
+    """Copies one blob unless the target has it, or can link it from ``repository``; returns bytes sent."""
+    progress = progress or Silent()
+    if writer.has_blob(state.digest) or (repository and writer.mount_blob(state.digest, repository)):
+        sent = 0
+    else:
+        stream = reader.blob(state.digest, state.size)
+        state.state = "converting"
+        try:
+            with writer.upload() as upload:
+                while piece := stream.read(_PIECE):
+                    if stopped is not None and stopped.is_set():
+                        raise BackendError("stopped", permanent=True)
+                    upload.write(piece)
+                    state.downloaded += len(piece)
+                    state.built, state.uploaded = state.downloaded, upload.sent
+                    progress.changed(state)
+                upload.commit(state.digest)
+        finally:
+            stream.close()
+        sent = state.size
+    state.state, state.downloaded, state.built, state.uploaded = "done", state.size, state.size, sent
+    progress.changed(state)
+    return sent

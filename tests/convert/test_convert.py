@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from documents import DIFFERENT, bootstrap_files, listing, load, tree_of, without
+from faulty import FaultyRegistry
+
+from nydus.convert.copy import copy
+from nydus.convert.documents import bootstrap_layer
+from nydus.convert.image import image
+from nydus.convert.options import ConvertOptions
+from nydus.errors import ConfigError, FormatError, NydusError
+from nydus.oci import model
+from nydus.oci.archive import open_archive
+from nydus.oci.layout import Layout
+from nydus.oci.place import ArchivePlace, LayoutPlace, RegistryPlace
+from nydus.oci.reference import parse
+from nydus.oci.registry import Registry
+
+BUILDER = model.NYDUS_BUILDER_VERSION
+SOURCE_REFERENCE = model.NYDUS_SOURCE_REFERENCE
+
+
+def place(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+pytestmark = pytest.mark.vectors
+
+
+@pytest.mark.parametrize(
+    ("vector", "options"),
+    [
+        ("v6-zstd", ConvertOptions()),
+        ("v6-lz4", ConvertOptions(compressor="lz4_block")),
+        ("v5-zstd", ConvertOptions(fs_version=5)),
+        ("v6-batch", ConvertOptions(batch_size=0x10000)),
+        ("oci-types", ConvertOptions(oci=True)),
+    ],
+)
+def test_documents_and_trees_are_those_of_the_reference(
+    server: FaultyRegistry, source: str, vectors: Path, vector: str, options: ConvertOptions
+) -> None:
+    target = place(f"{server.host}/small:nydus")
+    result = image(place(source), target, options)
+    theirs = open_archive(vectors / f"oci/{vector}.tar")
+    ours = target.open()
+    expected, found = load(theirs, ""), load(ours, "nydus")
+    assert found["annotations"].pop(SOURCE_REFERENCE) == source
+    for document in (expected, found):
+        document["annotations"].pop(SOURCE_REFERENCE, None)
+        document["annotations"].pop(BUILDER)
+        # The reference leaves the type out where the source has none; writers should give it.
+        document["mediaType"] = document["content type"]
+        # These are digests of blobs, checked below.
+        diff_ids = document["config"]["content"]["rootfs"].pop("diff_ids")
+        assert diff_ids[:-1] == [layer["digest"] for layer in document["layers"][:-1]]
+    assert without(found, DIFFERENT) == without(expected, DIFFERENT)
+    assert listing(tree_of(ours, "nydus")) == listing(tree_of(theirs, ""))
+    files, diff_id = bootstrap_files(ours, "nydus")
+    config = load(ours, "nydus")["config"]["content"]
+    assert config["rootfs"]["diff_ids"][-1] == diff_id
+    metas = [f"image/{layer['digest'][7:]}.blob.meta" for layer in found["layers"][:-1]]
+    assert [name for name in files if name != "image/image.boot"] == (
+        metas if options.fs_version == 6 else []
+    )
+    assert result.target_size == found["config"]["size"] + sum(layer["size"] for layer in found["layers"])
+
+
+def test_conversion_is_reproducible(server: FaultyRegistry, source: str) -> None:
+    digests = {image(place(source), place(f"{server.host}/small:{n}")).descriptor.digest for n in "ab"}
+    assert len(digests) == 1
+
+
+def test_the_bootstrap_layer_is_that_of_the_reference(vectors: Path) -> None:
+    files, diff_id = bootstrap_files(open_archive(vectors / "oci/v6-zstd.tar"), "")
+    metas = {name[6:-10]: data for name, data in files.items() if name.endswith(".blob.meta")}
+    assert len(metas) == 3
+    assert bootstrap_layer(files["image/image.boot"], metas)[1] == diff_id
+
+
+def docker_image(server: FaultyRegistry, source: str) -> RegistryPlace:
+    """The source as Docker's schema 2."""
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        text = repository.manifest("latest")[1].decode()
+        text = text.replace(model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP).replace(
+            model.OCI_CONFIG, model.DOCKER_CONFIG
+        )
+        document = {"schemaVersion": 2, "mediaType": model.DOCKER_MANIFEST, **json.loads(text)}
+        repository.put_manifest("docker", model.encode(document), model.DOCKER_MANIFEST)
+    return place(f"{server.host}/small:docker")
+
+
+@pytest.mark.parametrize("oci", [False, True])
+def test_docker_schema_2(server: FaultyRegistry, source: str, vectors: Path, oci: bool) -> None:
+    target = place(f"{server.host}/small:nydus")
+    image(docker_image(server, source), target, ConvertOptions(oci=oci))
+    found = load(target.open(), "nydus")
+    if oci:
+        assert found["content type"] == found["mediaType"] == model.OCI_MANIFEST
+        assert found["config"]["mediaType"] == model.OCI_CONFIG
+        assert found["layers"][-1]["mediaType"] == model.OCI_LAYER_GZIP
+        return
+    expected = load(open_archive(vectors / "oci/docker-schema2.tar"), "")
+    for document in (expected, found):
+        for key in (SOURCE_REFERENCE, BUILDER, model.NYDUS_SOURCE_DIGEST):
+            document["annotations"].pop(key)
+        document["config"]["content"]["rootfs"].pop("diff_ids")
+    assert without(found, DIFFERENT) == without(expected, DIFFERENT)
+
+
+def two_platforms(server: FaultyRegistry, source: str) -> RegistryPlace:
+    """An index of the source image for two platforms, with an attestation as BuildKit adds them."""
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        manifest = json.loads(repository.manifest("latest")[1])
+        entries = []
+        for architecture in ("amd64", "arm64"):
+            config = repository.document(
+                model.Descriptor(**{k: manifest["config"][k] for k in ("digest", "size")})
+            )
+            changed = repository.put_blob(config.replace(b"amd64", architecture.encode()), model.OCI_CONFIG)
+            manifest["config"] = json.loads(model.encode(changed))
+            stored = repository.put_manifest(
+                model.digest(model.encode(manifest)), model.encode(manifest), model.OCI_MANIFEST
+            )
+            entries.append(
+                {
+                    **json.loads(model.encode(stored)),
+                    "platform": {"architecture": architecture, "os": "linux"},
+                }
+            )
+        note = {
+            **entries[0],
+            "platform": {"architecture": "unknown", "os": "unknown"},
+            "annotations": {"vnd.docker.reference.type": "attestation-manifest"},
+        }
+        index = {"schemaVersion": 2, "mediaType": model.OCI_INDEX, "manifests": [*entries, note]}
+        repository.put_manifest("two", model.encode(index), model.OCI_INDEX)
+    return place(f"{server.host}/small:two")
+
+
+def test_platforms(server: FaultyRegistry, source: str) -> None:
+    both = two_platforms(server, source)
+    target = place(f"{server.host}/small:nydus")
+    image(both, target, platforms=[model.Platform(os="linux", architecture="arm64")])
+    assert load(target.open(), "nydus")["config"]["content"]["architecture"] == "arm64"
+    image(both, target, platforms=None)
+    index = load(target.open(), "nydus")
+    assert index["mediaType"] == model.OCI_INDEX
+    assert [entry["platform"]["architecture"] for entry in index["manifests"]] == ["amd64", "arm64"]
+    for entry in index["manifests"]:
+        assert entry["content"]["config"]["content"]["architecture"] == entry["platform"]["architecture"]
+    with pytest.raises(ConfigError, match="no image for windows/amd64; there are: linux/amd64, linux/arm64"):
+        image(both, target, platforms=[model.Platform(os="windows", architecture="amd64")])
+
+
+def test_a_layer_that_occurs_twice_is_converted_once(server: FaultyRegistry, source: str) -> None:
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        manifest = json.loads(repository.manifest("latest")[1])
+        config = repository.document(
+            model.Descriptor(**{k: manifest["config"][k] for k in ("digest", "size")})
+        )
+        document = json.loads(config)
+        document["rootfs"]["diff_ids"] += document["rootfs"]["diff_ids"]
+        manifest["layers"] += manifest["layers"]
+        manifest["config"] = json.loads(
+            model.encode(repository.put_blob(model.encode(document), model.OCI_CONFIG))
+        )
+        repository.put_manifest("twice", model.encode(manifest), model.OCI_MANIFEST)
+    server.seen.clear()
+    result = image(place(f"{server.host}/small:twice"), place(f"{server.host}/small:nydus"))
+    assert len(result.layers) == 3
+    layers = load(place(f"{server.host}/small:nydus").open(), "nydus")["layers"]
+    assert len(layers) == 7 and layers[:3] == layers[3:6]
+
+
+def test_layouts_and_archives(tmp_path: Path, vectors: Path) -> None:
+    source = ArchivePlace(vectors / "oci/source.tar", name="r.io/small:latest")
+    result = image(source, LayoutPlace(tmp_path / "out"))
+    assert Layout(tmp_path / "out").manifest("")[0].digest == result.descriptor.digest
+
+
+def test_copies_keep_every_digest(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    both = two_platforms(server, source)
+    copied = copy(both, LayoutPlace(tmp_path / "out"))
+    assert copied.present == 0
+    assert Layout(tmp_path / "out").manifest("")[1] == both.open().manifest("two")[1]
+    server.seen.clear()
+    linked = copy(both, place(f"{server.host}/other:two"))
+    assert linked.sent == 0 and linked.descriptor.digest == copied.descriptor.digest
+    assert not [path for path in server.paths("GET") if "/blobs/" in path and "small" not in path]
+    one = copy(
+        both, place(f"{server.host}/one:v1"), platforms=[model.Platform(os="linux", architecture="arm64")]
+    )
+    assert one.descriptor.media_type == model.OCI_MANIFEST
+
+
+# Bad input: one clear error, and no tag
+
+
+def no_tag(server: FaultyRegistry) -> bool:
+    with Registry(server.host, plain_http=True) as registry:
+        return not registry.repository("small").has_manifest("nydus") and not list(
+            server.store.uploads.iterdir()
+        )
+
+
+def source_layer(server: FaultyRegistry, number: int = 1) -> Path:
+    with Registry(server.host, plain_http=True) as registry:
+        manifest = json.loads(registry.repository("small").manifest("latest")[1])
+    return server.store.blobs / manifest["layers"][number]["digest"].partition(":")[2]
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "other"])
+def test_damaged_layers(server: FaultyRegistry, source: str, damage: str) -> None:
+    path = source_layer(server)
+    data = bytearray(path.read_bytes())
+    if damage == "bit":
+        data[len(data) // 2] ^= 4
+    elif damage == "cut":
+        del data[-100:]
+    else:
+        data[:] = bytes(len(data))
+    path.write_bytes(data)
+    with pytest.raises(
+        NydusError, match=r"^layer 2.*(corrupted blob: expected sha256|truncated: \d+ of)"
+    ) as caught:
+        image(place(source), place(f"{server.host}/small:nydus"))
+    assert "\n" not in str(caught.value)
+    assert no_tag(server)
+
+
+def test_a_layer_that_is_no_archive(server: FaultyRegistry, source: str) -> None:
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        manifest = json.loads(repository.manifest("latest")[1])
+        layer = repository.put_blob(b"no tar at all" * 1000, model.OCI_LAYER_GZIP)
+        manifest["layers"][1] = json.loads(model.encode(layer))
+        repository.put_manifest("broken", model.encode(manifest), model.OCI_MANIFEST)
+    with pytest.raises(FormatError, match=r"layer 2 .*small:broken"):
+        image(place(f"{server.host}/small:broken"), place(f"{server.host}/small:nydus"))
+    assert no_tag(server)
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_pushed(
+    server: FaultyRegistry, source: str, vectors: Path
+) -> None:
+    copy(ArchivePlace(vectors / "oci/v6-zstd.tar"), place(f"{server.host}/small:done"))
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        text = repository.manifest("latest")[1]
+        changed = text.replace(b"v1.tar+gzip", b"v1.tar+gzip+encrypted")
+        repository.put_manifest("encrypted", changed, model.OCI_MANIFEST)
+        manifest = json.loads(text)
+        del manifest["layers"][0]
+        repository.put_manifest("fewer", model.encode(manifest), model.OCI_MANIFEST)
+    server.seen.clear()
+    for tag, words in (
+        ("done", "is a Nydus image already"),
+        ("encrypted", "layer 1 is of a type that cannot be converted"),
+        ("fewer", "wrong number of layers"),
+        ("unknown", "404 manifest unknown"),
+    ):
+        with pytest.raises(NydusError, match=words):
+            image(place(f"{server.host}/small:{tag}"), place(f"{server.host}/small:nydus"))
+    assert not server.paths("POST")
+
+
+def test_a_network_that_fails_for_a_while(server: FaultyRegistry, source: str) -> None:
+    from faulty import Times, hang_up
+
+    server.intercepts.append(Times(1, lambda h: h.command == "PUT" and "/blobs/" in h.path, hang_up))
+    image(place(source), place(f"{server.host}/small:nydus"), ConvertOptions(retry_delay=0.1))
+    assert not no_tag(server)
