@@ -143,3 +143,15 @@ def slow(seconds: float) -> Callable[[int, int, bytes], bytes]:
         return data
 
     return wait
+
+
+def link(bytes_per_second: float) -> Callable[[int, int, bytes], bytes]:
+    """A link shared by all requests."""
+    lock = threading.Lock()
+
+    def wait(_offset: int, size: int, data: bytes) -> bytes:
+        with lock:
+            time.sleep(size / bytes_per_second)
+        return data
+
+    return wait

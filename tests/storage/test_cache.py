@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from storage_blobs import Blob, FaultyBackend, broken, corrupted, make_blob, slow, truncated
+from storage_blobs import Blob, FaultyBackend, broken, corrupted, link, make_blob, slow, truncated
 
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.rafs.model import Compression, Digester
@@ -81,6 +81,22 @@ def test_amplification_stays_within_its_limit(tmp_path: Path, blob: Blob) -> Non
     read(cache, 0, 1)
     assert len(backend.requests) == 1
     assert 50_000 < backend.requests[0][1] <= 100_000
+
+
+def test_amplification_follows_the_link(tmp_path: Path) -> None:
+    """Jumping about on a slow link moves little more than what is asked for; going straight on is no different."""
+    blob = make_blob([20_000] * 1000)
+    backend = FaultyBackend(blob)
+    backend.fault = link(10e6)
+    cache = cache_of(tmp_path, blob, backend)
+    for row in (900, 100, 700, 300, 500):
+        read(cache, *blob.ranges()[row])
+    assert max(size for _, size in backend.requests) < 500_000
+    backend.requests.clear()
+    cache = cache_of(tmp_path / "2", blob, backend)
+    for offset, size in blob.ranges()[:500]:
+        read(cache, offset, size)
+    assert max(size for _, size in backend.requests) > 900_000
 
 
 def test_amplification_is_bounded_in_memory(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from storage_blobs import Blob, FaultyBackend, broken, make_blob, slow
+from storage_blobs import Blob, FaultyBackend, broken, link, make_blob, slow
 
 from nydus.storage.cache import BlobCache
 from nydus.storage.prefetch import Piece, Prefetcher, whole
@@ -129,3 +129,16 @@ def test_failures_are_tried_again_and_then_left(
     prefetcher.start()
     assert prefetcher.join(10)
     assert "given up" in caplog.text
+
+
+def test_a_slow_link_is_not_taken_from_readers(tmp_path: Path) -> None:
+    blob = make_blob([100_000] * 20)
+    backend = FaultyBackend(blob)
+    backend.fault = link(3e6)
+    cache = cache_of(tmp_path, blob, backend)
+    prefetcher = Prefetcher(whole([cache]), threads=8)
+    prefetcher.start()
+    assert prefetcher.join(20)
+    assert cache.complete
+    assert max(size for _, size in backend.requests) < 700_000
+    assert backend.most_running == 1

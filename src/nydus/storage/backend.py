@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from nydus.errors import BackendError
 
-#: Lower bounds of request sizes and upper bounds (ms) of latencies that are counted apart (nydusd.md 3.6).
+#: Lower bounds of request sizes, upper bounds (ms) of latencies (nydusd.md 3.6).
 _SIZES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+#: Reads of fewer bytes say nothing of the speed of a link.
+_MEASURED = 64 << 10
 _LATENCIES = (1, 20, 50, 100, 500, 1000, 2000)
 
 
@@ -26,6 +28,8 @@ class BackendMetrics:
         self._seconds_by_size = [0.0] * 8
         self._reads_by_size = [0] * 8
         self._latencies = [[0] * 8 for _ in range(8)]
+        self._latency = float("inf")
+        self._seconds_per_byte = 1 / 5e6  # a slow link, until we know better
 
     def record(self, size: int, seconds: float, *, failed: bool = False) -> None:
         """Count one finished read of ``size`` bytes."""
@@ -41,6 +45,15 @@ class BackendMetrics:
             self._seconds_by_size[column] += seconds
             self._reads_by_size[column] += 1
             self._latencies[column][latency] += 1
+            # The shortest read is all latency; it is forgotten slowly, as links change.
+            self._latency = min(self._latency * 1.02, seconds)
+            if size >= _MEASURED:
+                spent = (seconds - self._latency) / size
+                self._seconds_per_byte += (spent - self._seconds_per_byte) / 2
+
+    def bytes_in(self, seconds: float) -> int:
+        """How many bytes arrive in this time, latency apart, going by recent reads."""
+        return int(seconds / max(self._seconds_per_byte, 1e-12))
 
     def json(self) -> dict[str, Any]:
         with self._lock:

@@ -215,6 +215,10 @@ class BlobCache:
         """Whether readers wait for this blob, or did a moment ago."""
         return self._demand > 0 or time.monotonic() - self._last_demand < 0.05
 
+    def bytes_in(self, seconds: float) -> int:
+        """How many stored bytes the backend gives in this time, going by recent reads."""
+        return self._backend.metrics.bytes_in(seconds)
+
     def verified_file(self) -> Path | None:
         """The data file, if every chunk that a file uses has been checked: it can be given to EROFS as it is.
 

@@ -21,6 +21,8 @@ Buffer = bytes | memoryview
 _PARALLEL = 4
 #: Stored bytes of a request of several units that were all asked for, at least.
 _MIN_REQUEST = 128 << 10
+#: How long a request may take longer for neighbours nobody has asked for, in seconds.
+_EXTRA = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ class Fetcher:
         missing: whether a chunk is not in the cache.
         spare: whether a chunk may be fetched though nobody asks for it now.
         place: puts verified chunks into the cache; they are no longer missing then. Must not raise.
-        amplify: a request is extended with following spare chunks up to this many stored bytes.
+        amplify: a request is extended with following spare chunks up to this many stored bytes. On a slow
+            link readers that jump about get less: what is only taken along should not cost them more than
+            20 ms. Those that go on where the last request ended get twice as much each time.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class Fetcher:
         self._missing, self._spare, self._place = missing, spare, place
         self._amplify = amplify
         self._gap = amplify // 128
+        self._window = 0
+        self._next = -1
         self._lock = threading.Lock()
         self._flights: dict[int, _Flight] = {}
 
@@ -168,14 +174,21 @@ class Fetcher:
     def _extend(self, flight: _Flight) -> None:
         """Add the missing units that follow; their decoded size is bounded, too."""
         decoder = self._decoder
-        start, last = int(decoder.offset[flight.units[0]]), flight.units[-1]
+        first, last = flight.units[0], flight.units[-1]
+        start = int(decoder.offset[first])
         end = int(decoder.offset[last]) + int(decoder.size[last])
+        self._window = 2 * self._window if first == self._next else 0
+        fast = max(self._backend.metrics.bytes_in(_EXTRA), _MIN_REQUEST)
+        limit = min(self._amplify, max(self._window, fast))
+        self._window = limit
+        self._next = last + 1
         memory = int(decoder.memory[flight.units].sum())
         for unit in range(last + 1, len(decoder.offset)):
             offset, size = int(decoder.offset[unit]), int(decoder.size[unit])
-            near = start <= offset <= end + self._gap and offset + size - start <= self._amplify
-            if not near or memory > 4 * self._amplify:
+            near = start <= offset <= end + self._gap and offset + size - start <= limit
+            if not near or memory > 4 * limit:
                 return
+            self._next = unit + 1
             if unit in self._flights or not any(map(self._spare, decoder.rows(unit))):
                 continue
             flight.units.append(unit)

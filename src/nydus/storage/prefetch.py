@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 
 #: How long to look away while readers wait for data.
 _YIELD = 0.01
+#: How long one step should take at most, in seconds, and its least size in bytes.
+_STEP = 0.1
+_MIN_BATCH = 128 << 10
 #: Pause after a failed piece, doubled each time.
 _BACKOFF = 1.0
 _MAX_BACKOFF = 30.0
@@ -30,6 +33,8 @@ class Cache(Protocol):
     def busy(self) -> bool: ...
 
     def fill(self, offset: int, length: int) -> int: ...
+
+    def bytes_in(self, seconds: float) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,8 @@ class Prefetcher:
     Args:
         pieces: what to fill, most wanted first (nydusd.md 5.4: listed files, then whole blobs). Taken lazily.
         threads: how many work on it.
-        batch: device bytes that are filled at a time; readers wait for a batch under way at most.
+        batch: device bytes that are filled at a time. On a link that needs longer than 100 ms for them it is
+            less, and only one thread works: a reader who comes meanwhile has to wait for it.
         bandwidth: stored bytes a second, 0 is no limit.
         busy: whether readers wait, where more than the caches of ``pieces`` count.
         attempts: how often a failing piece is tried; it is then left to the readers.
@@ -88,7 +94,9 @@ class Prefetcher:
         busy: Callable[[], bool] | None = None,
         attempts: int = 4,
     ) -> None:
-        self._steps = _steps(pieces, max(batch, 128 << 10))
+        self._batch = max(batch, _MIN_BATCH)
+        self._slow = False
+        self._steps = self._cut(pieces)
         self._count = threads
         self._limiter = Limiter(bandwidth)
         self._busy = busy
@@ -104,7 +112,8 @@ class Prefetcher:
         self._began = time.time()
         self._running = self._count
         self._threads = [
-            threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True) for i in range(self._count)
+            threading.Thread(target=self._work, args=(i,), name=f"prefetch-{i}", daemon=True)
+            for i in range(self._count)
         ]
         for thread in self._threads:
             thread.start()
@@ -137,9 +146,12 @@ class Prefetcher:
                 "prefetch_end_time_millis": int(self._ended * 1000) % 1000,
             }
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         try:
             while not self._stop.is_set():
+                if number and self._slow:
+                    self._stop.wait(_STEP)
+                    continue
                 with self._lock:
                     step = next(self._steps, None)
                 if step is None:
@@ -148,6 +160,8 @@ class Prefetcher:
         except Exception:
             log.exception("prefetch stopped")
         finally:
+            if not number:
+                self._slow = False  # the others must not wait for this one
             with self._lock:
                 self._running -= 1
                 if not self._running:
@@ -176,13 +190,14 @@ class Prefetcher:
             self._limiter.take(fetched, self._stop)
             return
 
-
-def _steps(pieces: Iterable[Piece], batch: int) -> Iterator[Piece]:
-    for piece in pieces:
-        end = piece.offset + piece.length
-        # Cut at multiples, so that the pieces of neighbouring files do not cut chunks twice.
-        at = piece.offset
-        while at < end:
-            stop = min(end, (at // batch + 1) * batch)
-            yield Piece(piece.cache, at, stop - at)
-            at = stop
+    def _cut(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            end = piece.offset + piece.length
+            at = piece.offset
+            while at < end:
+                size = min(self._batch, max(piece.cache.bytes_in(_STEP), _MIN_BATCH))
+                self._slow = size < self._batch
+                # Cut at multiples, so that neighbouring pieces do not cut chunks twice.
+                stop = min(end, (at // size + 1) * size)
+                yield Piece(piece.cache, at, stop - at)
+                at = stop
