@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "oci"))
 
 from faulty import FaultyRegistry
+from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy
 from nydus.oci.place import ArchivePlace, RegistryPlace
@@ -29,27 +29,6 @@ def source(server: FaultyRegistry, vectors: Path) -> str:
     copy(ArchivePlace(vectors / "oci/source.tar"), RegistryPlace(parse(reference), plain_http=True))
     server.seen.clear()
     return reference
-
-
-class Nydusify:
-    """Runs the command as users do."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __call__(
-        self, *arguments: str, env: dict[str, str] | None = None, stdin: str = ""
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [Path(sys.executable).with_name("nydusify"), *arguments],
-            capture_output=True,
-            text=True,
-            input=stdin,
-            cwd=self._folder,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(self._folder), **(env or {})},
-            timeout=60,
-            check=False,
-        )
 
 
 @pytest.fixture

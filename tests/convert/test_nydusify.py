@@ -1,0 +1,252 @@
+"""The command, as users and their scripts run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from documents import load
+from faulty import BasicAuth, FaultyRegistry
+from nydusify_command import Nydusify
+
+from nydus.oci import model
+from nydus.oci.archive import open_archive
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+
+pytestmark = pytest.mark.vectors
+
+
+def one_fatal_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a failed run, after checking its form."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "level=fatal" in lines[-1] and "Traceback" not in done.stderr
+    assert sum("level=fatal" in line for line in lines) == 1
+    found = re.search(r'msg=("(?:[^"\\]|\\.)*"|\S+)', lines[-1])
+    assert found
+    return str(json.loads(found[1])) if found[1].startswith('"') else found[1]
+
+
+def test_a_conversion_says_what_scripts_look_for(nydusify: Nydusify, source: str, tmp_path: Path) -> None:
+    target = f"{source.rpartition(':')[0]}:nydus"
+    done = nydusify(
+        "convert", "--source", source, "--target", target, "--plain-http", "--output-json", "out.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    words = ["pulling", "pulled", "converting", "converted", "pushing", "pushed"]
+    positions = [done.stderr.index(f'level=info msg="{word} image ') for word in words]
+    assert positions == sorted(positions)
+    assert re.search(r'msg="pulled image \S+ , elapse \d', done.stderr)
+    assert all(line.startswith('time="') for line in done.stderr.splitlines())
+    figures = json.loads((tmp_path / "cwd/out.json").read_text())
+    assert set(figures) == {
+        "SourceImageSize", "TargetImageSize", "SourcePullElapsed", "ConversionElapsed", "TargetPushElapsed"
+    }  # fmt: skip
+    assert figures["SourceImageSize"] == 83630
+    assert sorted(p.name for p in (tmp_path / "cwd").iterdir()) == ["out.json"]
+
+
+def test_options_in_the_ways_of_go(nydusify: Nydusify, source: str) -> None:
+    done = nydusify(
+        "convert",
+        "-source",
+        source,
+        "--target-suffix=-n",
+        "--plain-http=true",
+        "--oci=false",
+        "-fs-version",
+        "5",
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = load(RegistryPlace(parse(source), plain_http=True).open(), "latest-n")
+    assert manifest["annotations"][model.NYDUS_FS_VERSION] == "5"
+
+
+def test_options_from_the_environment_are_told(nydusify: Nydusify, source: str) -> None:
+    done = nydusify("convert", "--target-suffix", "-n", env={"SOURCE": source, "PLAIN_HTTP": "true"})
+    assert done.returncode == 0, done.stderr
+    assert "--source is taken from the environment variable SOURCE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "UP//x", "--target", "a:b"], "invalid image reference 'UP//x'"),
+        (
+            ["--source", "a", "--target", "b", "--target-suffix", "c"],
+            "exactly one of --target and --target-suffix",
+        ),
+        (["--source", "a"], "exactly one of"),
+        (["--target", "a"], "--source"),
+        (["--source", "a", "--target", "b", "--no-such"], "--no-such"),
+        (["--source", "a", "--target", "b", "--fs-version", "7"], "fs-version must be 5 or 6"),
+        (["--source", "a", "--target", "b", "--compressor", "xz"], "compressor must be one of"),
+        (["--source", "a", "--target", "b", "--chunk-size", "5000"], "chunk-size must be a power of two"),
+        (["--source", "a", "--target", "b", "--chunk-size", "big"], "'big' is not a number"),
+        (["--source", "a", "--target", "b", "--prefetch-dir", "etc"], "is not absolute"),
+        (["--source", "a", "--target", "b", "--platform", "amd64"], "is not os/architecture"),
+        (["--source", "a", "--target", "b", "--push-retry-delay", "soon"], "is not a duration"),
+        (["--source", "a", "--target", "b", "--plain-http=perhaps"], "neither true nor false"),
+        (["--source", f"a@sha256:{'0' * 64}", "--target-suffix", "-n"], "cannot be used with a digest"),
+        (["--source", "a", "--target", "b", "--target-archive", "no/dir/x.tar"], "its folder does not exist"),
+        (["--source", "a", "--target", "b", "--source-archive", "no.tar"], "no.tar: No such file"),
+    ],
+)
+def test_wrong_options(nydusify: Nydusify, arguments: list[str], words: str) -> None:
+    done = nydusify("convert", *arguments)
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert "level=fatal" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_commands_and_help(nydusify: Nydusify) -> None:
+    assert nydusify("no-such-command").returncode == 3
+    for arguments in ((), ("--help",), ("convert", "--help")):
+        done = nydusify(*arguments)
+        assert done.returncode == 0 and "Usage" in done.stdout
+    assert nydusify("--version").stdout.startswith("Version     : v")
+
+
+def test_failures_are_one_line(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    target = f"{source.rpartition(':')[0]}:nydus"
+
+    def convert(reference: str, *more: str) -> str:
+        return one_fatal_line(nydusify("convert", "--source", reference, "--target", target, *more))
+
+    assert "does not speak TLS" in convert(source)
+    assert server.seen == []
+    assert "cannot connect: Connection refused" in convert("127.0.0.1:1/a:b", "--plain-http")
+    message = convert(source + "x", "--plain-http", "--output-json", "out.json")
+    assert "404 manifest unknown: small:latestx (MANIFEST_UNKNOWN)" in message
+    assert (tmp_path / "cwd/out.json").read_text() == "null"
+    server.intercepts.append(BasicAuth("me", "secret"))
+    assert "401 " in convert(source, "--plain-http")
+
+
+def test_credentials_of_docker(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    server.intercepts.append(BasicAuth("me", "secret"))
+    config = {"auths": {server.host: {"auth": "bWU6c2VjcmV0"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("convert", "--source", source, "--target-suffix", "-n", "--plain-http")
+    assert nydusify(*arguments, env={"DOCKER_CONFIG": str(tmp_path)}).returncode == 0
+    assert nydusify(*arguments).returncode == 1
+
+
+def test_archives(nydusify: Nydusify, vectors: Path, tmp_path: Path) -> None:
+    done = nydusify(
+        "convert", "--source", "r.io/small:v1", "--source-archive", str(vectors / "oci/source.tar"),
+        "--target", "r.io/small:v2", "--target-archive", "out.tar",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "cwd").iterdir()] == ["out.tar"]
+    found = load(open_archive(tmp_path / "cwd/out.tar"), "v2")
+    assert found["annotations"][model.NYDUS_SOURCE_REFERENCE] == "r.io/small:v1"
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    import signal
+    import sys
+
+    from faulty import is_blob
+
+    server.intercepts.append(lambda handler: bool(is_blob(handler) and time.sleep(0.5)))
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("nydusify"), "convert", "--source", source, "--target-suffix=-n",
+         "--plain-http"], stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "interrupted" in stderr
+    deadline = time.monotonic() + 5
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (server.store.repository("small") / "_tags/latest-n").exists()
+
+
+# Independent registries and tools
+
+
+@pytest.fixture
+def docker_registry(tmp_path: Path) -> Iterator[str]:
+    command = shutil.which("docker-registry")
+    if command is None or shutil.which("skopeo") is None:
+        pytest.skip("docker-registry and skopeo are not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    config = tmp_path / "config.yml"
+    config.write_text(
+        f'version: 0.1\nstorage: {{filesystem: {{rootdirectory: "{tmp_path}/data"}}}}\n'
+        f'http: {{addr: "{host}"}}\n'
+        "log: {level: error, accesslog: {disabled: true}}\n"
+    )
+    with subprocess.Popen([command, "serve", config], stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2]))).close()
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            yield host
+        finally:
+            process.terminate()
+
+
+def skopeo(*arguments: str) -> str:
+    return subprocess.run(
+        ["skopeo", *arguments], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+
+
+def test_between_skopeo_and_docker_registry(
+    nydusify: Nydusify, docker_registry: str, vectors: Path, tmp_path: Path
+) -> None:
+    archive = f"oci-archive:{vectors}/oci/source.tar"
+    skopeo("copy", "-q", "--dest-tls-verify=false", archive, f"docker://{docker_registry}/small:latest")
+    target = f"{docker_registry}/a/b:nydus"
+    done = nydusify("convert", "--source", f"{docker_registry}/small", "--target", target, "--plain-http")
+    assert done.returncode == 0, done.stderr
+    # skopeo checks every digest on its way
+    skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{target}", f"dir:{tmp_path}/dir")
+    found = json.loads(skopeo("inspect", "--tls-verify=false", f"docker://{target}"))
+    assert len(found["Layers"]) == 4 and found["Architecture"] == "amd64"
+    done = nydusify(
+        "convert", "--source", f"{docker_registry}/small:none", "--target", target, "--plain-http"
+    )
+    assert "404" in one_fatal_line(done)
+
+
+def test_skopeo_reads_and_writes_the_embedded_registry(
+    server: FaultyRegistry, vectors: Path, tmp_path: Path
+) -> None:
+    if shutil.which("skopeo") is None:
+        pytest.skip("skopeo is not installed")
+    archive = f"oci-archive:{vectors}/oci/v6-zstd.tar"
+    skopeo("copy", "-q", "--dest-tls-verify=false", archive, f"docker://{server.host}/x/y:v1")
+    skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{server.host}/x/y:v1", f"dir:{tmp_path}/dir")
+    assert json.loads(skopeo("list-tags", "--tls-verify=false", f"docker://{server.host}/x/y"))["Tags"] == [
+        "v1"
+    ]
