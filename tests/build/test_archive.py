@@ -1,0 +1,163 @@
+"""Images back into tar archives, through the API and ``nydus-image unpack``."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+import nydus
+from api.test_image import describe, open_vector
+from conformance.content import expected
+from conformance.test_read import NAMES
+from nydus.build.archive import write_tar
+
+
+def unpack(image: nydus.Image) -> bytes:
+    out = io.BytesIO()
+    write_tar(image, out.write)
+    return out.getvalue()
+
+
+@pytest.mark.vectors
+@pytest.mark.parametrize("name", NAMES)
+def test_unpacked_vector_builds_the_same_image(name: str, vectors: Path, tmp_path: Path) -> None:
+    with open_vector(vectors, name, tmp_path) as image:
+        archive = unpack(image)
+    (tmp_path / "again").mkdir()
+    with nydus.create(io.BytesIO(archive), tmp_path / "again") as again:
+        found = describe(again)
+    rows = expected(vectors / name / "expected.jsonl")
+    del rows["/"]
+    for path in [path for path, row in rows.items() if stat.S_ISSOCK(row["mode"])]:
+        del rows[path]
+    assert found.keys() == rows.keys()
+    for path, row in rows.items():
+        assert found[path] == row
+
+
+@pytest.mark.vectors
+def test_python_reads_the_archive_as_we_do(vectors: Path, tmp_path: Path) -> None:
+    with open_vector(vectors, "v6-dir-zstd", tmp_path) as image:
+        archive = tarfile.open(fileobj=io.BytesIO(unpack(image)))  # noqa: SIM115
+        members = archive.getmembers()
+        names = [member.name for member in members]
+        assert names == [os.fsdecode(path[1:]) for row, path in image.tree.walk() if row]
+        for member in members:
+            entry = image.stat("/" + member.name, follow_symlinks=False)
+            assert member.mode == stat.S_IMODE(entry.mode)
+            assert (member.uid, member.gid, int(member.mtime)) == (entry.uid, entry.gid, entry.mtime)
+            assert "/" not in (member.name[:1], member.name[-1:])
+            if member.islnk():
+                assert member.size == 0 and member.linkname.startswith("/")
+                assert image.stat(member.linkname).inode == entry.inode
+            elif member.isreg():
+                assert archive.extractfile(member).read() == image.read("/" + member.name)  # type: ignore[union-attr]
+            elif member.issym():
+                assert member.linkname == entry.target
+            elif member.isdev() and not member.isfifo():
+                assert (member.devmajor, member.devminor) == entry.device
+            for key, value in entry.xattrs.items():
+                assert (
+                    os.fsencode(member.pax_headers[f"SCHILY.xattr.{key}"]) == value or value.find(b"\0") >= 0
+                )
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path) -> Path:
+    root = tmp_path / "rootfs"
+    root.mkdir()
+    for path, times in (("old", -1.5), ("zero", 0), ("late", 2**33 + 0.25)):
+        (root / path).write_text(path)
+        os.utime(root / path, (0, times))
+    (root / ("n" * 255)).write_text("long")
+    (root / ("n" * 100)).write_text("fits")
+    os.link(root / ("n" * 255), root / "short")
+    deep = root
+    for _ in range(3):
+        deep = deep / ("d" * 100)
+        deep.mkdir()
+    (deep / "file").write_bytes(os.urandom(5000))
+    (root / "link").symlink_to("t" * 150)
+    (root / ".wh.gone").touch()
+    os.mkfifo(root / "fifo")
+    return root
+
+
+@pytest.fixture
+def image(rootfs: Path, tmp_path: Path) -> nydus.Image:
+    (tmp_path / "blobs").mkdir()
+    from nydus.build.merge import Whiteout
+
+    image = nydus.create(rootfs, tmp_path / "blobs", whiteout=Whiteout.NONE)
+    image.save(tmp_path / "boot")
+    return image
+
+
+def listing(root: Path) -> dict[str, tuple[object, ...]]:
+    result: dict[str, tuple[object, ...]] = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        data = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        result[str(path.relative_to(root))] = (
+            status.st_mode, status.st_mtime_ns, 0 if path.is_dir() else status.st_nlink, data,
+        )  # fmt: skip
+    return result
+
+
+def test_gnu_tar_extracts_what_was_built(image: nydus.Image, rootfs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    subprocess.run(["tar", "-C", out, "-xpf", "-"], input=unpack(image), check=True, capture_output=True)
+    assert listing(out) == listing(rootfs)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from nydus.cli.nydus_image import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_command_writes_to_files_and_fifos(image: nydus.Image, tmp_path: Path) -> None:
+    archive = unpack(image)
+    boot, blobs = tmp_path / "boot", tmp_path / "blobs"
+    assert run("unpack", boot, "-D", blobs, "--output", tmp_path / "a.tar").returncode == 0
+    assert (tmp_path / "a.tar").read_bytes() == archive
+    os.mkfifo(tmp_path / "fifo")
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "fifo").read_bytes()))
+    reader.start()
+    (blob,) = blobs.iterdir()
+    done = run("unpack", "--log-level", "warn", "-B", boot, "--output", tmp_path / "fifo", "--blob", blob)
+    reader.join(10)
+    assert done.returncode == 0 and done.stdout + done.stderr == "" and found == [archive]
+    config = f'{{"dir": "{blobs}"}}'
+    backend = ("--backend-type", "localfs", "--backend-config", config)
+    assert run("unpack", boot, *backend, "--output", tmp_path / "c.tar").returncode == 0
+    assert (tmp_path / "c.tar").read_bytes() == archive
+
+
+def test_failures_leave_no_output(image: nydus.Image, tmp_path: Path) -> None:
+    boot, output = tmp_path / "boot", tmp_path / "out.tar"
+    (tmp_path / "none").mkdir()
+    for arguments, code, text in (
+        ((boot, "--output", output), 1, "no source of blobs"),
+        ((boot, "-D", tmp_path / "none", "--output", output), 1, "no such file"),
+        ((boot, "-D", tmp_path / "nowhere", "--output", output), 1, "not a directory"),
+        ((tmp_path / "blobs", "-D", tmp_path / "blobs", "--output", output), 1, "directory"),
+        (("-D", tmp_path, "--output", output), 2, "bootstrap"),
+        ((boot, "-D", tmp_path), 2, "--output"),
+        ((boot, "--backend-type", "localfs", "--backend-config", "[", "--output", output), 1, "JSON"),
+        ((boot, "--backend-type", "moon", "--backend-config", "{}", "--output", output), 1, "moon"),
+    ):
+        done = run("unpack", *arguments)
+        assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (code, True, False), done
+        assert not output.exists() and not list(tmp_path.glob(".nydus*"))
