@@ -59,6 +59,8 @@ def run(
     syscalls.name_process("nydusd-worker")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     stop = Stop()
+    # The kernel may hand a signal to any thread: only this wakes the main one in every case.
+    signal.set_wakeup_fd(stop.waker, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.request())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -102,13 +104,13 @@ class Stop:
     """The wish to end, from a signal handler or any thread."""
 
     def __init__(self) -> None:
-        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake, self.waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.keep_mounts = False
 
     def request(self, *, keep_mounts: bool = False) -> None:
         self.keep_mounts = keep_mounts
         with suppress(BlockingIOError):
-            os.write(self._waker, b"x")
+            os.write(self.waker, b"x")
 
     def wait(self) -> bool:
         """Returns whether the mounts are to stay."""
