@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nydus.build.blob import BlobWriter, Dictionary, HashingSink, Sink
 from nydus.build.merge import Whiteout, overlay
+from nydus.build.sections import SectionWriter
 from nydus.build.stream import Source, Window, ahead, blocks
 from nydus.build.tar import TarReader
 from nydus.build.tree import NO_DEVICE, TreeBuilder
 from nydus.errors import ConfigError
-from nydus.rafs import blobmeta, codec, toc
+from nydus.rafs import blobmeta
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import (
     BlobFeature,
@@ -123,18 +123,24 @@ class LayerResult:
         chunks: chunk table of the blob (v6), or None.
         toc_digest, toc_size: of the table of contents, 0 if there is none.
         duplicates: pieces that were not stored because they were there already.
+        blob: the blob as the tree describes it; None if the layer has no data of its own.
     """
 
     tree: Tree
-    bootstrap: bytes
-    blob_id: str
-    blob_digest: str
-    blob_size: int
+    bootstrap: bytes = b""
+    blob_id: str = ""
+    blob_digest: str = ""
+    blob_size: int = 0
     chunks: ChunkMap | None = None
     toc_digest: bytes = bytes(32)
     toc_size: int = 0
     duplicates: int = 0
-    blob: BlobInfo | None = field(default=None)
+    blob: BlobInfo | None = None
+
+    def seal(self, out: HashingSink, blob_id: str = "") -> None:
+        """Take name, digest and size of all that was written."""
+        self.blob_digest, self.blob_size = out.digest.hexdigest(), out.size
+        self.blob_id = blob_id or (out.name.hexdigest() if out.size else "")
 
     @property
     def blob_meta(self) -> bytes:
@@ -267,104 +273,39 @@ class LayerBuilder:
         """Write what follows the data, and the bootstrap."""
         options, info, out, writer = self.options, self.info, self.out, self.writer
         writer.finish()
+        sections = SectionWriter(out, options.inline_meta or options.toc)
         chunks = None
-        sections: list[toc.TocEntry] = []
         if info.chunk_count:
-            chunks = self._write_meta(sections)
+            chunks = writer.chunk_map()
+            sections.data(info)
+            if options.version == 6:
+                sections.meta(chunks)
+            if options.toc:
+                sections.digests(chunks)
+            info.compressed_size = out.size
         tree = self._tree(builder, prefetch)
-        result = LayerResult(tree, b"", "", "", 0, chunks, duplicates=writer.duplicates)
+        result = LayerResult(tree, chunks=chunks, duplicates=writer.duplicates)
         if info.chunk_count:
             result.blob = info
-            info.compressed_size = out.size
         if options.inline_meta:
             info.id = UNKNOWN_ID
             result.bootstrap = write_bootstrap(tree)
-            self._write_bootstrap(result.bootstrap, sections)
-        if options.toc and (sections or out.size):
-            contents = toc.write_toc(sections)
-            out.write(contents)
-            result.toc_digest, result.toc_size = hashlib.sha256(contents).digest(), len(contents)
-        result.blob_digest, result.blob_size = out.digest.hexdigest(), out.size
-        result.blob_id = options.blob_id or (out.name.hexdigest() if out.size else "")
-        if not options.inline_meta:
-            info.id = result.blob_id
-            if info.chunk_count:
-                info.compressed_size = out.size
-                info.toc_digest, info.toc_size = result.toc_digest, result.toc_size
-            result.bootstrap = write_bootstrap(tree)
+            sections.bootstrap(result.bootstrap, Compression.ZSTD if options.toc else Compression.NONE)
+        if options.toc and out.size:
+            result.toc_digest, result.toc_size = sections.contents()
+        result.seal(out, options.blob_id)
+        if options.inline_meta:
+            info.id = result.blob_digest
         else:
-            info.id = out.digest.hexdigest()
+            info.id = result.blob_id
+            info.compressed_size = out.size
+            info.toc_digest, info.toc_size = result.toc_digest, result.toc_size
+            result.bootstrap = write_bootstrap(tree)
         return result
-
-    def _write_meta(self, sections: list[toc.TocEntry]) -> ChunkMap:
-        """The sections between the data and the bootstrap; rafs.md 3.5."""
-        options, info, out = self.options, self.info, self.out
-        data_size = out.size
-        headers = options.inline_meta or options.toc
-        if headers:
-            out.write(toc.tar_header(toc.IMAGE_BLOB, data_size))
-        sections.append(
-            toc.TocEntry(
-                toc.IMAGE_BLOB, Compression.NONE, out.digest.digest(), 0, data_size, info.uncompressed_size
-            )
-        )
-        chunks = self.writer.chunk_map()
-        if options.version == 5:
-            return chunks
-        offset = out.size
-        stored = blobmeta.write(chunks, offset)
-        section, header = blobmeta.encode(chunks)
-        out.write(stored)
-        if headers:
-            out.write(toc.tar_header(toc.BLOB_META, len(stored)))
-        sections.append(
-            toc.TocEntry(
-                toc.BLOB_META,
-                info.meta_compression,
-                hashlib.sha256(section).digest(),
-                offset,
-                info.meta_compressed_size,
-                len(section),
-            )
-        )
-        sections.append(
-            toc.TocEntry(
-                toc.BLOB_META_HEADER,
-                Compression.NONE,
-                hashlib.sha256(header).digest(),
-                offset + info.meta_compressed_size,
-                len(header),
-                len(header),
-            )
-        )
-        if options.toc:
-            assert chunks.digests is not None
-            digests = chunks.digests.tobytes()
-            digest = hashlib.sha256(digests).digest()
-            sections.append(
-                toc.TocEntry(toc.BLOB_DIGEST, Compression.NONE, digest, out.size, len(digests), len(digests))
-            )
-            out.write(digests, named=False)
-            out.write(toc.tar_header(toc.BLOB_DIGEST, len(digests)))
-        return chunks
-
-    def _write_bootstrap(self, bootstrap: bytes, sections: list[toc.TocEntry]) -> None:
-        out = self.out
-        kind = Compression.ZSTD if self.options.toc else Compression.NONE
-        stored = codec.compress(kind, bootstrap)
-        digest = hashlib.sha256(bootstrap).digest()
-        sections.append(toc.TocEntry(toc.IMAGE_BOOT, kind, digest, out.size, len(stored), len(bootstrap)))
-        out.write(stored)
-        out.write(toc.tar_header(toc.IMAGE_BOOT, len(stored)))
 
     def _tree(self, builder: TreeBuilder, prefetch: Iterable[bytes]) -> Tree:
         options, writer = self.options, self.writer
-        flags = _COMPRESSION_FLAGS[options.compression]
-        flags |= SuperFlag.HASH_BLAKE3 if options.digester == Digester.BLAKE3 else SuperFlag.HASH_SHA256
-        if options.owners:
-            flags |= SuperFlag.EXPLICIT_UID_GID
-        if options.version == 6:
-            flags |= SuperFlag.ENCRYPTION_AES_128_XTS if options.encrypt else SuperFlag.ENCRYPTION_NONE
+        flags = super_flags(options)
         tree = builder.finish(
             options.version, options.chunk_size, flags, writer.table(), writer.references, writer.blobs
         )
@@ -379,6 +320,17 @@ class LayerBuilder:
         if options.prefetch_table:
             tree.prefetch = prefetch_rows(tree, prefetch)
         return tree
+
+
+def super_flags(options: BuildOptions) -> SuperFlag:
+    """The flags of a file system that follow from the options."""
+    flags = _COMPRESSION_FLAGS[options.compression]
+    flags |= SuperFlag.HASH_BLAKE3 if options.digester == Digester.BLAKE3 else SuperFlag.HASH_SHA256
+    if options.owners:
+        flags |= SuperFlag.EXPLICIT_UID_GID
+    if options.version == 6:
+        flags |= SuperFlag.ENCRYPTION_AES_128_XTS if options.encrypt else SuperFlag.ENCRYPTION_NONE
+    return flags
 
 
 def prefetch_rows(tree: Tree, paths: Iterable[bytes]) -> list[int]:
