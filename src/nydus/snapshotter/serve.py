@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -60,11 +60,11 @@ def serve(config: Config, warnings: list[str]) -> None:
         server = create_server(
             Snapshotter(config, store, images), Path(config.address), uid=config.uid, gid=config.gid
         )
-        stop = _stop_event()
+        wait_for_stop = _catch_signals()
         server.start()
         images.recover()
         log.info("serving on %s, root %s, %s daemons", config.address, root, config.daemon_mode)
-        stop.wait()
+        wait_for_stop()
         log.info("stopping")
         server.stop(GRACE).wait()
 
@@ -111,17 +111,26 @@ def _launcher(config: Config, stack: ExitStack) -> Launcher:
     return warm
 
 
-def _stop_event() -> threading.Event:
-    stop = threading.Event()
+def _catch_signals() -> Callable[[], None]:
+    """What waits for SIGTERM or SIGINT; from a second one on, the process ends at once."""
+    # The kernel may hand a signal to any thread: only the wakeup descriptor wakes the main one in every case.
+    wake, waker = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(waker, False)
+    caught: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if caught:
             os._exit(1)
-        stop.set()
+        caught.append(number)
 
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    return stop
+
+    def wait() -> None:
+        os.read(wake, 1)
+
+    return wait
 
 
 def _set_up_logging(config: Config) -> None:

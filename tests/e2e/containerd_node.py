@@ -1,0 +1,181 @@
+"""A node for tests: an embedded registry, our snapshotter as a process, a real containerd in front of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from nydus.demo.containerd import PrivateContainerd, push_pause_image
+from nydus.demo.cri import Container, Pod
+from nydus.oci.registry import Registry
+from nydus.oci.server import RegistryServer
+from nydus.snapshotter.daemons import mounts_below
+
+LIST = ("snapshots", "--snapshotter", "nydus", "ls")
+NAMES = ("containerd", "runc", "ctr", "skopeo", "busybox")
+
+
+class Node:
+    """Everything below one short directory. A context manager that checks that nothing is left of it."""
+
+    def __init__(self, mode: str = "dedicated") -> None:
+        self.mode = mode
+        # pytest's own directories are too deep for sockets; a directory on the same disk is not.
+        self.directory = Path(tempfile.mkdtemp(prefix="node-"))
+        self.root, self.socket = self.directory / "s", self.directory / "s.sock"
+        self.log = self.directory / "snapshotter.log"
+        self.server = RegistryServer(self.directory / "registry")
+        self.host = self.server.host
+        self.containerd = PrivateContainerd(
+            self.directory / "c", self.socket, sandbox_image=f"{self.host}/pause:latest"
+        )
+        self.cri = self.containerd.cri
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connected = False
+
+    def __enter__(self) -> Node:
+        self.server.__enter__()
+        with Registry(self.host, plain_http=True) as registry:
+            push_pause_image(registry.repository("pause"))
+        self.start_snapshotter()
+        self.containerd.start()
+        self._connected = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.containerd.close()
+            self._end_daemons()
+            self.stop_snapshotter()
+            left = [str(path) for path in mounts_below(self.directory)]
+            running = self.processes()
+        finally:
+            self.server.__exit__(kind, error, trace)
+        shutil.rmtree(self.directory, ignore_errors=bool(left))
+        if error is None:
+            assert left == [], "mounts were left"
+            assert running == {}, "processes were left"
+
+    # The snapshotter
+
+    def start_snapshotter(self, *options: str) -> None:
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", "from nydus.cli.containerd_nydus_grpc import main; main()"),
+                    *("--root", str(self.root), "--address", str(self.socket), "--daemon-mode", self.mode),
+                    *("--log-to-stdout", *options),
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        offset = self.log.stat().st_size
+        end = time.monotonic() + 20
+        while b"serving on" not in self.log.read_bytes()[offset:]:
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.02)
+        # containerd tries to connect again only now and then.
+        while self._connected and self.containerd.ctr(*LIST, check=False).returncode:
+            assert time.monotonic() < end, "containerd does not come back to the snapshotter"
+            time.sleep(0.1)
+
+    def stop_snapshotter(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            assert self._process.wait(20) == 0, self.log.read_text()
+            self._process = None
+
+    def kill_snapshotter(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
+    # Images and containers
+
+    def push(self, archive: Path, tag: str) -> str:
+        """Push an OCI archive to the repository ``run``; returns its reference."""
+        reference = f"{self.host}/run:{tag}"
+        subprocess.run(
+            [
+                "skopeo",
+                "copy",
+                "-q",
+                "--dest-tls-verify=false",
+                f"oci-archive:{archive}",
+                f"docker://{reference}",
+            ],
+            check=True,
+        )
+        return reference
+
+    def run(self, reference: str, *command: str) -> tuple[int, str]:
+        """Pull and run an image through the CRI; the exit code and what it printed."""
+        self.cri.pull(reference)
+        pod = self.cri.pod()
+        container = pod.run(reference, command)
+        code = container.wait()
+        output = container.output()
+        pod.remove()
+        return code, output
+
+    def start(self, reference: str, *command: str) -> tuple[Pod, Container]:
+        """Pull an image and start a container that stays."""
+        self.cri.pull(reference)
+        pod = self.cri.pod()
+        return pod, pod.run(reference, command or ("/bin/sh", "-c", "while :; do sleep 1; done"))
+
+    def remove_images(self) -> None:
+        for image in self.cri.image_ids():
+            self.cri.remove_image(image)
+        self.containerd.collect_garbage()
+
+    # What is there
+
+    def daemon_sockets(self) -> list[Path]:
+        return sorted(self.root.glob("socket/*/api.sock"))
+
+    def image_mounts(self) -> list[Path]:
+        return mounts_below(self.root / "mnt")
+
+    def processes(self) -> dict[int, str]:
+        """Processes, other than ours, whose command line or open mounts name this node."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                except OSError:
+                    continue
+                if str(self.directory) in command:
+                    found[int(entry.name)] = command
+        return found
+
+    def files(self) -> set[str]:
+        """Every file below the snapshotter's root but its database and lock."""
+        return {
+            str(path.relative_to(self.root))
+            for path in self.root.rglob("*")
+            if not path.is_dir() and not path.name.startswith("metadata.db") and path.name != "lock"
+        }
+
+    def _end_daemons(self) -> None:
+        """Have the snapshotter drop what a failed test left."""
+        from nydus.snapshotter.daemons import Daemon
+
+        for path in self.daemon_sockets():
+            name = path.parent.name
+            Daemon(path, self.root / "mnt" / name, self.root / "logs" / name / "nydusd.log").stop()
+
+
+def missing() -> list[str]:
+    """The programs these tests need and this machine lacks."""
+    return [name for name in NAMES if shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin") is None]

@@ -1,0 +1,195 @@
+"""Nydus images under a real containerd and runc, through the CRI and through ctr-remote."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import containerd_node
+import pytest
+from containerd_node import Node
+
+from nydus.daemon.client import DaemonClient
+from nydus.demo.cri import CriError
+from nydus.snapshotter.daemons import Daemon
+
+pytestmark = [
+    pytest.mark.containerd,
+    pytest.mark.vectors,
+    pytest.mark.skipif(bool(containerd_node.missing()), reason=f"not installed: {containerd_node.missing()}"),
+]
+SAYS = "hello from a lazy image\napp/data.bin: OK\n"
+
+
+@pytest.fixture(scope="module", params=["dedicated", "shared"])
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    with Node(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def images(node: Node, vectors: Path) -> Iterator[dict[str, str]]:
+    """References of the runnable images; afterwards nothing of them may be left on the node."""
+    run = vectors / "oci" / "run"
+    yield {name: node.push(run / f"{name}.tar", name) for name in ("source", "v6-zstd", "v6-lz4", "oci-ref")}
+    for pod in list(node.cri.pods):
+        pod.remove()
+    node.remove_images()
+    assert node.files() == set()
+    assert node.image_mounts() == []
+    assert node.daemon_sockets() == []
+    assert list((node.root / "snapshots").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["v6-zstd", "v6-lz4", "oci-ref"])
+def test_an_image_of_the_reference_runs(node: Node, images: dict[str, str], kind: str) -> None:
+    node.server.reset_counters()
+    node.cri.pull(images[kind])
+    assert node.server.reset_counters().bytes_sent < 100_000, "no layer is pulled"
+    assert node.run(images[kind]) == (0, SAYS)
+    assert len(node.daemon_sockets()) == 1
+
+
+def test_an_ordinary_image_runs_beside_it(node: Node, images: dict[str, str]) -> None:
+    node.start(images["v6-zstd"])
+    assert node.run(images["source"]) == (0, SAYS)
+    assert len(node.daemon_sockets()) == 1
+
+
+def test_containers_share_the_image_and_write_for_themselves(node: Node, images: dict[str, str]) -> None:
+    _, first = node.start(images["v6-zstd"])
+    _, second = node.start(images["v6-zstd"])
+    assert len(node.image_mounts()) == 1 + (node.mode == "shared")
+    assert first.execute("/bin/sh", "-c", "echo mine > /app/new && rm /app/hello")[0] == 0
+    assert first.execute("/bin/sh", "-c", "cat /app/new; ls /app/hello")[0] != 0
+    code, output = second.execute("/bin/cat", "/app/hello")
+    assert (code, output) == (0, b"hello from a lazy image\n")
+
+
+def test_a_killed_snapshotter_is_not_missed(node: Node, images: dict[str, str]) -> None:
+    _, container = node.start(images["v6-zstd"])
+    before = node.image_mounts()
+    node.kill_snapshotter()
+    code, output = container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256")
+    assert (code, output) == (0, b"app/data.bin: OK\n"), "read for the first time, with no snapshotter"
+    node.start_snapshotter()
+    assert container.running()
+    assert node.run(images["v6-zstd"]) == (0, SAYS)
+    assert node.image_mounts() == before, "adopted"
+
+
+def test_an_orderly_restart_keeps_containers(node: Node, images: dict[str, str]) -> None:
+    _, container = node.start(images["v6-lz4"])
+    node.stop_snapshotter()
+    node.start_snapshotter()
+    assert container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256")[0] == 0
+
+
+def test_a_killed_worker_is_replaced_under_a_running_container(node: Node, images: dict[str, str]) -> None:
+    _, container = node.start(images["v6-zstd"])
+    (socket,) = node.daemon_sockets()
+    supervisor = daemon_pid(node, socket)
+    for _ in range(5):
+        worker = children(supervisor)[0]
+        os.kill(worker, signal.SIGKILL)
+        code, output = container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256")
+        assert (code, output) == (0, b"app/data.bin: OK\n")
+        DaemonClient(socket).wait("RUNNING")
+        assert daemon_pid(node, socket) == supervisor
+        assert children(supervisor) != [worker]
+
+
+def test_a_daemon_killed_as_a_whole_comes_back_for_new_containers(node: Node, images: dict[str, str]) -> None:
+    node.start(images["v6-zstd"])
+    (socket,) = node.daemon_sockets()
+    supervisor = daemon_pid(node, socket)
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: daemon_pid(node, socket) not in (None, supervisor))
+    DaemonClient(socket).wait("RUNNING")
+    assert node.run(images["v6-zstd"]) == (0, SAYS)
+
+
+def test_an_image_that_cannot_be_mounted_says_why(node: Node, images: dict[str, str]) -> None:
+    node.cri.pull(images["v6-zstd"])
+    (bootstrap,) = node.root.glob("snapshots/*/fs/image/image.boot")
+    bootstrap.write_bytes(b"\0" * 8192)
+    pod = node.cri.pod()
+    started = time.monotonic()
+    with pytest.raises(CriError, match="not a RAFS bootstrap"):
+        pod.run(images["v6-zstd"])
+    assert time.monotonic() - started < 5
+    assert not node.containerd.ctr("snapshots", "--snapshotter", "nydus", "ls").stdout.count("Active") > 1
+
+
+def test_an_unreachable_registry_does_not_hang_the_start(node: Node, images: dict[str, str]) -> None:
+    """The container starts, or fails to, with the backend's own words in the log; it never sees zeros."""
+    node.cri.pull(images["v6-zstd"])
+    pod = node.cri.pod()
+    blobs = node.directory / "registry" / "blobs"
+    blobs.rename(node.directory / "hidden")
+    try:
+        started = time.monotonic()
+        try:
+            container = pod.run(images["v6-zstd"])
+            assert container.wait() != 0
+        except CriError:
+            pass
+        assert time.monotonic() - started < 60
+    finally:
+        (node.directory / "hidden").rename(blobs)
+
+
+def test_ctr_remote_pulls_lazily_and_ctr_runs(node: Node, images: dict[str, str]) -> None:
+    reference = images["v6-zstd"]
+    node.server.reset_counters()
+    node.containerd.ctr(
+        "images", "rpull", "--plain-http", "--snapshotter", "nydus", reference, program="ctr-remote"
+    )
+    assert node.server.reset_counters().bytes_sent < 100_000
+    done = node.containerd.ctr(
+        "run", "--rm", "--snapshotter", "nydus", "--net-host", reference, f"c{time.time_ns()}"
+    )
+    assert done.stdout == SAYS
+    # The CRI knows images by its own labels; this one goes the way it came.
+    node.containerd.ctr("images", "rm", "--sync", reference)
+
+
+def test_a_view_shows_the_image(node: Node, images: dict[str, str], tmp_path: Path) -> None:
+    node.cri.pull(images["v6-zstd"])
+    listed = node.containerd.ctr("snapshots", "--snapshotter", "nydus", "ls").stdout.split("\n")
+    names = [line.split()[0] for line in listed[1:] if line.strip()]
+    parents = {line.split()[1] for line in listed[1:] if len(line.split()) > 2}
+    (top,) = [name for name in names if name not in parents]
+    node.containerd.ctr("snapshots", "--snapshotter", "nydus", "view", "look", top)
+    mounts = node.containerd.ctr(
+        "snapshots", "--snapshotter", "nydus", "mounts", str(tmp_path), "look"
+    ).stdout
+    assert "/mnt/" in mounts
+    node.containerd.ctr("snapshots", "--snapshotter", "nydus", "rm", "look")
+
+
+def daemon_pid(node: Node, socket: Path) -> int | None:
+    descriptor = Daemon(socket, node.root / "mnt", node.root / "log").process()
+    if descriptor is None:
+        return None
+    try:
+        for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
+            if line.startswith("Pid:"):
+                return int(line.split()[1])
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def children(pid: int | None) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: object, seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
