@@ -32,7 +32,7 @@ def registry(folder: Path) -> Iterator[str]:
     """A registry in a process of its own: docker-registry if installed, else ours; yields ``host:port``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     if program := shutil.which("docker-registry"):
         config = folder / "config.yml"
         config.write_text(CONFIG.format(root=folder / "data", address=address))
