@@ -171,7 +171,7 @@ def load(blob: BlobInfo, read: toc.Read, where: str = "", size: int | None = Non
     where = where or blob.id
     if blob.chunk_count == 0:
         return _decode(blob, b"", np.zeros(1, _HEADER)[0], where)
-    _check_size(blob, where)
+    check_size(blob, where)
     contents = _contents(blob, read, where, size)
     stored = read(blob.meta_offset, blob.meta_compressed_size)
     raw_header = read(blob.meta_offset + blob.meta_compressed_size, HEADER_SIZE)
@@ -198,7 +198,7 @@ def from_cache_file(blob: BlobInfo, data: Source, where: str = "") -> ChunkMap:
     """Read a ``<id>.blob.meta`` file: the plain section, padded to 4096 bytes, and its header."""
     where = where or f"{blob.id}.blob.meta"
     if blob.chunk_count:
-        _check_size(blob, where)
+        check_size(blob, where)
     buffer = Buffer(data, where)
     padded = -(-blob.meta_uncompressed_size // HEADER_SIZE) * HEADER_SIZE
     if buffer.size != padded + HEADER_SIZE:
@@ -316,7 +316,8 @@ def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
     return result
 
 
-def _check_size(blob: BlobInfo, where: str) -> None:
+def check_size(blob: BlobInfo, where: str) -> None:
+    """Require that the size of the section that the bootstrap names can hold the chunks it names."""
     v2 = bool(blob.features & _V2)
     expected = blob.chunk_count * (24 if v2 else 16)
     loose = blob.features & (_CONTEXTS | BlobFeature.ENCRYPTED)

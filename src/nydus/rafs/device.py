@@ -17,9 +17,9 @@ def as_erofs(tree: Tree) -> Tree:
     """A v6 tree with the same files, whose chunks have block-aligned places on the devices of its blobs.
 
     ``v6.write`` of the result is what EROFS mounts, and :func:`nydus.rafs.blobmeta.from_tree` of it the chunk
-    table that fills its devices: where v5 chunks are not aligned, they get places in the order of their index.
-    Blobs keep id, algorithms and stored places; ``uncompressed_size`` becomes the length of the device. A v6
-    tree is returned as it is. Nothing of the argument is changed.
+    table that fills its devices: where v5 chunks are not aligned, they get places in the order of their
+    index. Blobs keep id, algorithms and stored places; ``uncompressed_size`` becomes the length of the
+    device. A v6 tree is returned as it is. Nothing of the argument is changed.
     """
     if tree.version == 6:
         return tree

@@ -23,15 +23,20 @@ def read(data: Source, where: str = "") -> Tree:
     Raises:
         FormatError: any structure that is out of bounds, out of order, overlapping itself, or not known.
     """
-    return _Reader(Buffer(data, where), read_superblock(data, where)).tree()
+    return Reader(Buffer(data, where), read_superblock(data, where)).tree()
 
 
-def read_records(data: Source, where: str = "") -> tuple[Array, Array]:
-    """The inode records by index (:data:`layout.INODE`), and their byte offsets."""
-    return _Reader(Buffer(data, where), read_superblock(data, where)).records()
+class Reader:
+    """Reads one bootstrap.
 
+    Attributes:
+        inodes, places, ends: after :meth:`tree`, by row: the record, where it starts, and where it ends.
+    """
 
-class _Reader:
+    inodes: Array
+    places: Array
+    ends: Array
+
     def __init__(self, buffer: Buffer, head: Super) -> None:
         self.buffer, self.head = buffer, head
 
@@ -91,6 +96,8 @@ class _Reader:
         starts += lengths + 7 & ~7
         xattrs = self.xattrs(nodes, records, starts)
         chunks = self.chunks(nodes, records, starts)
+        lists = np.where(kinds == stat.S_IFREG >> 12, records["child_count"], 0).astype(np.int64)
+        ends = starts + lists * CHUNK.itemsize
         tree = Tree(
             version=5,
             chunk_size=self.head.chunk_size,
@@ -103,7 +110,9 @@ class _Reader:
             blobs=self.head.blobs,
             prefetch=self.prefetch(records),
         )
-        return _renumber(tree)
+        rows = _renumber(tree)
+        self.inodes, self.places, self.ends = records[rows], offsets[rows], ends[rows]
+        return tree
 
     def check(self, starts: Array, lengths: Array, what: str) -> None:
         """Runs must lie in the file, and cannot be larger than it together, as they do not overlap."""
@@ -281,8 +290,8 @@ class _Reader:
         return [int(row) for row in first[place]]
 
 
-def _renumber(tree: Tree) -> Tree:
-    """Bring rows into P-order; only images of old builders have another order."""
+def _renumber(tree: Tree) -> Array:
+    """Bring rows into P-order, and say where each was; only images of old builders have another order."""
     nodes = tree.nodes
     directories = np.flatnonzero(nodes["mode"] >> 12 == stat.S_IFDIR >> 12)
     sequence = order.preorder(np.searchsorted(directories, nodes["parent"][directories]))
@@ -292,7 +301,7 @@ def _renumber(tree: Tree) -> Tree:
     rows[children] = ragged.indexes(first, nodes["child_count"][directories])
     nodes["first_child"][directories] = first
     if (rows == np.arange(len(rows))).all():
-        return tree
+        return rows
     moved = np.empty_like(nodes)
     moved[rows] = nodes
     moved["parent"] = rows[moved["parent"]]
@@ -302,4 +311,6 @@ def _renumber(tree: Tree) -> Tree:
     moved["link"][rows] = lowest[nodes["link"]]
     tree.nodes = moved
     tree.prefetch = [int(rows[row]) for row in tree.prefetch]
-    return tree
+    before = np.empty_like(rows)
+    before[rows] = np.arange(len(rows))
+    return before

@@ -29,7 +29,7 @@ def read(data: Source, where: str = "") -> Tree:
         FormatError: any structure that is out of bounds, out of order, overlapping itself, or not known.
     """
     head = read_superblock(data, where)
-    return _Reader(Buffer(data, where), head).tree()
+    return Reader(Buffer(data, where), head).tree()
 
 
 @dataclass(slots=True)
@@ -43,7 +43,20 @@ class _Entries:
     length: Array
 
 
-class _Reader:
+class Reader:
+    """Reads one bootstrap.
+
+    Attributes:
+        nids: after :meth:`tree`, the nid of each row.
+        inodes, places, sizes: after :meth:`tree`, for each distinct inode in the order of their first rows:
+            the record in its extended form, its byte offset, and its bytes with the attributes that follow.
+    """
+
+    nids: Array
+    inodes: Array
+    places: Array
+    sizes: Array
+
     def __init__(self, buffer: Buffer, head: Super) -> None:
         self.buffer, self.head = buffer, head
         self.block = head.block_size
@@ -75,7 +88,8 @@ class _Reader:
         unique, first, inverse = np.unique(nids, return_index=True, return_inverse=True)
         nodes["link"] = first[inverse]
         owners = np.flatnonzero(nodes["link"] == np.arange(len(nodes)))
-        inodes, places, sizes = self.inodes(nids[owners])
+        inodes, places, sizes = self.load(nids[owners])
+        self.nids, self.inodes, self.places, self.sizes = nids, inodes, places, sizes
         if (layout.FILE_TYPES[inodes["mode"] >> 12] != kinds[owners]).any():
             bad = int(np.argmax(layout.FILE_TYPES[inodes["mode"] >> 12] != kinds[owners]))
             raise self.buffer.error("the type of a directory entry is not the inode's", int(places[bad]))
@@ -157,7 +171,7 @@ class _Reader:
                 "an inode lies beyond the end", found=int(nids.max()), expected=f"a nid below {limit}"
             )
 
-    def inodes(self, nids: Array) -> tuple[Array, Array, Array]:
+    def load(self, nids: Array) -> tuple[Array, Array, Array]:
         """Inodes in the extended form, their byte offsets, and their sizes with their attributes (i8)."""
         self.check_nids(nids)
         offsets = (self.head.meta_offset + nids.astype(np.int64) * layout.NID_SIZE).astype(np.int64)
@@ -185,7 +199,7 @@ class _Reader:
     def read_directories(self, nids: Array, base: int) -> tuple[_Entries, Array]:
         """The children of some directories, and how many each has; ``base`` numbers the first directory."""
         buffer, block = self.buffer, self.block
-        inodes, places, sizes = self.inodes(nids)
+        inodes, places, sizes = self.load(nids)
         bad = inodes["mode"] >> 12 != stat.S_IFDIR >> 12
         if bad.any():
             raise buffer.error(

@@ -36,7 +36,7 @@ class _Writer:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.nodes = tree.nodes
-        self.block = 512 if tree.flags & SuperFlag.TARFS else layout.PAGE
+        self.block = block_size(tree)
         self.kinds = (self.nodes["mode"] >> 12).astype(np.uint8)
         self.owners = np.flatnonzero(self.nodes["link"] == np.arange(len(self.nodes)))
         self.xattrs = [encode_xattrs(xattrs, tree) for xattrs in tree.xattrs]
@@ -193,7 +193,7 @@ class _Writer:
         result["u"][tailed] = data[owners[tailed]] // self.block
         result["u"][special] = nodes["rdev"][special]
         files = nodes[regular]
-        result["u"][regular] = self.chunk_formats(files, chunks)
+        result["u"][regular] = chunk_formats(self.tree, files, chunks)
         ragged.scatter(out, places, result)
         for index, raw in enumerate(self.xattrs):
             rows = places[nodes["xattr"] == index] if len(self.xattrs) < 64 else None
@@ -207,23 +207,6 @@ class _Writer:
                 start = place + layout.INODE.itemsize
                 out[start : start + len(raw)] = np.frombuffer(raw, np.uint8)
         self.write_chunk_lists(out, (inode + sizes)[owners[regular]], files["chunk_count"], chunks)
-
-    def chunk_formats(self, files: Array, chunks: Array) -> Array:
-        """The unit of each file's extents: the whole file where its chunks are one run of one blob."""
-        counts = files["chunk_count"].astype(np.int64)
-        broken = np.zeros(len(chunks) + 1, np.int64)
-        if len(chunks) > 1:
-            follows = chunks["uoffset"][1:] == chunks["uoffset"][:-1] + np.uint64(self.tree.chunk_size)
-            broken[1:-1] = ~(follows & (chunks["blob_index"][1:] == chunks["blob_index"][:-1]))
-        breaks = np.cumsum(broken)
-        first = ragged.starts_of(counts).astype(np.int64)
-        last = np.maximum(first + counts - 1, first)
-        whole = (counts > 1) & (breaks[last] == breaks[np.minimum(first, len(breaks) - 1)])
-        chunk_bits = self.tree.chunk_size.bit_length() - 1
-        sizes = np.maximum(files["size"].astype(np.int64), 2) - 1
-        # The exponent of a double is exact here: sizes are far below 2**53.
-        bits = np.where(whole, np.frexp(sizes.astype(np.float64))[1], chunk_bits)
-        return layout.CHUNK_FORMAT_INDEXES | (bits - (self.block.bit_length() - 1))
 
     def write_chunk_lists(self, out: Array, ends: Array, counts: Array, chunks: Array) -> None:
         if (chunks["uoffset"] % self.block).any():
@@ -258,6 +241,34 @@ class _Writer:
         inlined = inline[directories]
         result[last[inlined]] = tails[directories[inlined]]
         return np.asarray(result)
+
+
+def block_size(tree: Tree) -> int:
+    """Bytes of a block: the sectors of the tar archive in TARFS, else pages."""
+    return 512 if tree.flags & SuperFlag.TARFS else layout.PAGE
+
+
+def chunk_formats(tree: Tree, files: Array, chunks: Array) -> Array:
+    """The ``u`` field of files: extents are as large as a file where its chunks are one run of one blob.
+
+    Args:
+        files: nodes of regular files, whose chunks are ``chunks``, one file after the other.
+    """
+    block = block_size(tree)
+    counts = files["chunk_count"].astype(np.int64)
+    broken = np.zeros(len(chunks) + 1, np.int64)
+    if len(chunks) > 1:
+        follows = chunks["uoffset"][1:] == chunks["uoffset"][:-1] + np.uint64(tree.chunk_size)
+        broken[1:-1] = ~(follows & (chunks["blob_index"][1:] == chunks["blob_index"][:-1]))
+    breaks = np.cumsum(broken)
+    first = ragged.starts_of(counts).astype(np.int64)
+    last = np.maximum(first + counts - 1, first)
+    whole = (counts > 1) & (breaks[last] == breaks[np.minimum(first, len(breaks) - 1)])
+    chunk_bits = tree.chunk_size.bit_length() - 1
+    sizes = np.maximum(files["size"].astype(np.int64), 2) - 1
+    # The exponent of a double is exact here: sizes are far below 2**53.
+    bits = np.where(whole, np.frexp(sizes.astype(np.float64))[1], chunk_bits)
+    return layout.CHUNK_FORMAT_INDEXES | (bits - (block.bit_length() - 1))
 
 
 def chunk_table(chunks: Array, blobs: list[BlobInfo]) -> Array:
