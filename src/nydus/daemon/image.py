@@ -17,7 +17,7 @@ from nydus.daemon.config import DaemonConfig
 from nydus.errors import FormatError, NydusError
 from nydus.rafs import blobmeta
 from nydus.rafs.blobmeta import ChunkMap
-from nydus.rafs.model import BlobFeature, BlobInfo, Super
+from nydus.rafs.model import BlobFeature, BlobInfo, Super, Tree
 from nydus.storage import backends
 from nydus.storage.backend import Backend
 
@@ -143,11 +143,15 @@ class Image:
         )
         return OpenCache(cache, lambda: self._pool.backends.release(self._backend_key))
 
+    def tree(self) -> Tree:
+        """The whole tree. Raises FormatError."""
+        return rafs.read(map_file(self.bootstrap), str(self.bootstrap))
+
     def _without_meta(self, blob: BlobInfo) -> bool:
         return self.head.version == 5 or bool(blob.features & BlobFeature.TARFS)
 
     def _chunks_from_tree(self, blob: int) -> ChunkMap:
-        return blobmeta.from_tree(rafs.read(map_file(self.bootstrap), str(self.bootstrap)), blob)
+        return blobmeta.from_tree(self.tree(), blob)
 
     def _add_digests(self, chunks: ChunkMap, blob: int) -> None:
         if self.head.version == 6 and self.head.chunk_table[1]:

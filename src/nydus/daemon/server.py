@@ -500,9 +500,22 @@ class Daemon:
     # The fuse provider
 
     def _mount_fuse(self, instance: Instance) -> None:
-        from nydus.mount.fuse import FuseMount
+        from nydus.mount.fuse import FuseMount, TreeOperations
 
-        instance.fuse = FuseMount.start(instance.image, Path(instance.state.path))
+        image = instance.image
+        caches = [image.open_cache(blob) for blob in range(len(image.blobs))]
+
+        def release() -> None:
+            for blob in range(len(caches)):
+                image.release_cache(blob)
+
+        try:
+            operations = TreeOperations(image.tree(), caches)
+            instance.fuse = FuseMount(operations, Path(instance.state.path), release)
+        except BaseException:
+            release()
+            raise
+        instance.mount_id = instance.fuse.mount_id
 
     def _remount_fuse(self, instance: Instance) -> None:
         """A library's FUSE connection cannot be taken over: the mount is replaced, open files are lost."""
