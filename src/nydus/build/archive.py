@@ -197,15 +197,23 @@ def _records(
 
 
 def _pax(records: dict[bytes, bytes]) -> bytes:
-    """A PAX header with its data."""
+    """A PAX header with its data. Images built from a directory have one for every name: no numpy here."""
     data = b"".join(_record(key, value) for key, value in records.items())
-    table = np.zeros(1, _HEADER)
-    table["name"], table["type"] = b"././@PaxHeader", b"x"
-    for name, value in (("mode", 0o644), ("uid", 0), ("gid", 0), ("size", len(data)), ("mtime", 0)):
-        table[name] = _octal(np.array([value]), _HEADER[name].itemsize - 1)
-    table["major"] = table["minor"] = _octal(np.zeros(1, np.int64), 7)
-    _seal(table)
-    return table.tobytes() + data + _ZEROS[: -len(data) % BLOCK]
+    size = b"%011o" % len(data)
+    checksum = b"%06o\0 " % (_PAX_SUM + sum(size))
+    return b"".join((_PAX[0], size, _PAX[1], checksum, _PAX[2], data, _ZEROS[: -len(data) % BLOCK]))
+
+
+def _pax_template() -> tuple[tuple[bytes, bytes, bytes], int]:
+    """What stands before the size, between size and checksum, and behind; and the checksum without size."""
+    head = b"././@PaxHeader".ljust(_NAME, b"\0") + b"0000644\0" + b"0000000\0" * 2
+    middle = b"\0" + b"0" * 11 + b"\0"
+    tail = (b"x".ljust(101, b"\0") + b"ustar\x0000").ljust(173, b"\0") + b"0000000\0" * 2
+    tail = tail.ljust(BLOCK - 156, b"\0")
+    return (head, middle, tail), sum(head) + sum(middle) + sum(tail) + 8 * ord(" ")
+
+
+_PAX, _PAX_SUM = _pax_template()
 
 
 def _record(key: bytes, value: bytes) -> bytes:
