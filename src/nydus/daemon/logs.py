@@ -44,7 +44,7 @@ def set_up(level: str, file: Path | None, rotation_mib: int) -> None:
     handler.setFormatter(_Format())
     logging.basicConfig(level=LEVELS[level], handlers=[handler, events], force=True)
     logging.addLevelName(5, "TRACE")
-    for noisy in ("urllib3", "asyncio"):
+    for noisy in ("urllib3", "mfusepy"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -270,12 +270,14 @@ class Daemon:
 
     def check_mounts(self) -> bool:
         """Notices what was unmounted from outside. False when a dedicated daemon has lost its only mount."""
+        if self.state != RUNNING:
+            return True
         present = {mount.id for mount in table.read()}
         for mountpoint, instance in self.instances().items():
             if instance.mount_id and instance.mount_id not in present and mountpoint not in self._busy:
                 log.info("%s was unmounted from outside", instance.state.path)
                 self._gone(instance)
-        return self._shared or bool(self.instances()) or self.state != RUNNING
+        return self._shared or bool(self.instances())
 
     # Inside
 

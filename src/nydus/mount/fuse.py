@@ -69,12 +69,12 @@ class TreeOperations:
             "st_ctime": time_ns,
         }
 
-    def readdir(self, path: str, fh: int) -> Iterator[str]:
+    def readdir(self, path: str, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
         row = self._find(path)
-        yield "."
-        yield ".."
+        yield self._entry(".", row)
+        yield self._entry("..", int(self._tree.nodes[row]["parent"]))
         for child in self._tree.children(row):
-            yield os.fsdecode(self._tree.name(child))
+            yield self._entry(os.fsdecode(self._tree.name(child)), child)
 
     def readlink(self, path: str) -> str:
         return os.fsdecode(self._tree.target(self._find(path)))
@@ -125,6 +125,11 @@ class TreeOperations:
             "f_files": len(self._tree),
             "f_blocks": blocks,
         }
+
+    def _entry(self, name: str, row: int) -> tuple[str, dict[str, int], int]:
+        # The C library hides names whose inode number is 0.
+        link, mode, *_ = self._columns[row].item()
+        return name, {"st_ino": link + 1, "st_mode": mode}, 0
 
     def _find_slowly(self, path: str) -> int:
         row = self._tree.find(os.fsencode(path))
