@@ -110,9 +110,10 @@ def picture(measurements: Sequence[Measurement], path: Path, title: str) -> None
             axis.annotate(
                 f"first output\n{seconds(one.first_output)}",
                 (one.first_output, fetched[-1]),
-                xytext=(-6, -30) if one.way == "ordinary" else (8, 8),
+                xytext=(-6, -40) if one.way == "ordinary" else (10, 0),
                 textcoords="offset points",
                 ha="right" if one.way == "ordinary" else "left",
+                va="center",
                 color=color,
             )
         axis.set(title=speed.title, xlabel="seconds", ylabel="MB fetched", xlim=(0, None), ylim=(0, None))
