@@ -8,12 +8,15 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from storage_blobs import Blob, FaultyBackend, broken, corrupted, link, make_blob, slow, truncated
 
 from nydus.errors import BackendError, FormatError, NydusError
+from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import Compression, Digester
 from nydus.storage.cache import BlobCache
 from nydus.storage.store import Store
@@ -84,7 +87,7 @@ def test_amplification_stays_within_its_limit(tmp_path: Path, blob: Blob) -> Non
 
 
 def test_amplification_follows_the_link(tmp_path: Path) -> None:
-    """Jumping about on a slow link moves little more than what is asked for; going straight on is no different."""
+    """Jumping about on a slow link moves little more than what is asked for; going straight on does."""
     blob = make_blob([20_000] * 1000)
     backend = FaultyBackend(blob)
     backend.fault = link(10e6)
@@ -326,6 +329,72 @@ def test_chunks_that_no_file_uses(tmp_path: Path, blob: Blob) -> None:
     cache = cache_of(tmp_path, blob, backend)
     assert cache.verified_file()
     assert not cache.ready(offset, size)
+
+
+def test_another_image_shares_the_cache(tmp_path: Path, blob: Blob) -> None:
+    """It uses a chunk that the first one does not know: complete for one is not complete for both."""
+    digests = blob.chunks.digests
+    assert digests is not None
+
+    def know(*rows: int) -> Callable[[ChunkMap], None]:
+        def add(chunks: ChunkMap) -> None:
+            if chunks.digests is None:
+                chunks.digests = np.zeros((len(chunks), 32), np.uint8)
+            chunks.digests[list(rows)] = digests[list(rows)]
+
+        return add
+
+    blob.chunks.digests = None
+    first = list(range(7)) + list(range(9, 48))
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend, amplify=0, digests=know(*first))
+    for row in first:
+        read(cache, *blob.ranges()[row])
+    read(cache, *blob.ranges()[8])  # nobody's chunk yet, and therefore not verified
+    assert cache.verified_file()
+    cache.add_digests(know(7, 8, 9))
+    assert not cache.complete
+    assert cache.verified_file() is None
+    assert not cache.ready(*blob.ranges()[8])
+    for row in (7, 8):
+        offset, size = blob.ranges()[row]
+        assert read(cache, offset, size) == blob.image[offset : offset + size]
+        read(cache, offset, size)
+    assert set(backend.fetches(blob).values()) == {1}
+    assert cache.verified_file()
+
+    def lie(chunks: ChunkMap) -> None:
+        know(3)(chunks)
+        assert chunks.digests is not None
+        chunks.digests[3] ^= 1
+
+    with pytest.raises(FormatError, match="different digests"):
+        cache.add_digests(lie)
+    assert cache.verified_file()
+
+
+def test_another_image_shares_a_cache_not_opened_yet(tmp_path: Path, blob: Blob) -> None:
+    digests, blob.chunks.digests = blob.chunks.digests, None
+
+    def know(start: int) -> Callable[[ChunkMap], None]:
+        def add(chunks: ChunkMap) -> None:
+            if chunks.digests is None:
+                chunks.digests = np.zeros((len(chunks), 32), np.uint8)
+            assert digests is not None
+            chunks.digests[start::2] = digests[start::2]
+
+        return add
+
+    backend = FaultyBackend(blob)
+    cache = cache_of(tmp_path, blob, backend, digests=know(0), attempts=1, amplify=0)
+    cache.add_digests(know(1))
+    backend.fault = corrupted
+    for row in (0, 1):
+        with pytest.raises(BackendError):
+            cache.read(*blob.ranges()[row])
+    backend.fault = None
+    assert read(cache, 0, cache.length) == blob.image
+    assert cache.verified_file()
 
 
 def test_full_disk(

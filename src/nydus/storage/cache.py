@@ -5,31 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.rafs import blobmeta
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import BlobFeature, BlobInfo
 from nydus.storage.backend import Backend
-from nydus.storage.decode import Decoder
 from nydus.storage.fetch import Buffer, Fetcher, Patience
 from nydus.storage.flusher import DIRTY_BYTES, flusher
-from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, Store, write_aside
+from nydus.storage.openblob import OpenBlob
+from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, write_aside
 
 log = logging.getLogger(__name__)
 
 BLOCK = 4096
-#: Lists of more buffers than this are joined: the kernel takes 1024 in one call.
-_MAX_BUFFERS = 256
 _ZEROS = bytes(BLOCK)
 
 
@@ -40,40 +34,6 @@ class _Opening:
         self.local = local
         self.done = threading.Event()
         self.error: NydusError | None = None
-
-
-@dataclass(slots=True)
-class _Opened:
-    """What exists once the chunk table is known."""
-
-    chunks: ChunkMap
-    decoder: Decoder
-    store: Store
-    starts: array[int]
-    states: bytearray
-    from_files: bool
-    #: State of each chunk after it was placed.
-    placed: npt.NDArray[np.uint8] = field(repr=False)
-    #: Chunks that somebody may want. In a merged image a blob has chunks that no file uses any more: their
-    #: digests are not known, and they are only read where they are asked for.
-    wanted: npt.NDArray[np.bool_] = field(repr=False)
-
-    def rows(self, offset: int, end: int) -> tuple[int, int]:
-        """The run of chunks that overlap a range."""
-        first = bisect_right(self.starts, offset) - 1
-        if first < 0 or self.starts[first] + int(self.chunks.usize[first]) <= offset:
-            first += 1
-        return first, bisect_left(self.starts, end, lo=first)
-
-    def missing(self) -> int:
-        """How many chunks are not in the cache."""
-        states = np.frombuffer(self.states, np.uint8)
-        return int(((states == MISSING) & self.wanted).sum())
-
-    def verified(self) -> bool:
-        """Whether all chunks are in the cache and have been checked."""
-        states = np.frombuffer(self.states, np.uint8)
-        return bool(((states == READY) & self.decoder.verifiable)[self.wanted].all())
 
 
 class BlobCache:
@@ -122,6 +82,7 @@ class BlobCache:
         self.work_dir = Path(work_dir)
         self.blob = blob
         self._chunks, self._digests = chunks, digests
+        self._more_digests: list[Callable[[ChunkMap], None]] = []
         self._backend = backend
         self._amplify = amplify
         self._validate = validate
@@ -131,7 +92,7 @@ class BlobCache:
         #: Device length: whole blocks, at least the uncompressed blob.
         self.length = -(-blob.uncompressed_size // BLOCK) * BLOCK
         self._lock = threading.Lock()
-        self._opened: _Opened | None = None
+        self._opened: OpenBlob | None = None
         self._opening: _Opening | None = None
         self._fetcher: Fetcher | None = None
         self._flush_lock = threading.Lock()
@@ -175,7 +136,7 @@ class BlobCache:
             with self._count_lock:
                 self._demand -= 1
                 self._last_demand = time.monotonic()
-        return _assemble(opened, got, offset, end, first, last)
+        return opened.assemble(got, offset, end, first, last)
 
     def fill(self, offset: int, length: int) -> int:
         """Make a range ready without giving its bytes, and without keeping readers from their turn.
@@ -246,13 +207,29 @@ class BlobCache:
             row = opened.states.find(SUSPECT, row + 1)
         return wrong
 
+    def add_digests(self, digests: Callable[[ChunkMap], None]) -> None:
+        """Add what another image knows of this blob's chunks, before that image shares this cache.
+
+        A merged image only knows the chunks that its own files use. Without this the cache would not know
+        that others are wanted, and would call itself complete and verified without them.
+
+        Raises:
+            FormatError: the image is corrupt, or disagrees with another about a chunk. While the chunk table
+                has not been read yet this is only logged, later, and the digests are left out.
+        """
+        with self._lock:
+            if self._opened is None or self._fetcher is None:
+                self._more_digests.append(digests)
+            else:
+                self._opened.add_digests(digests, self._fetcher.flying)
+
     def flush(self) -> None:
         """Put placed chunks on the disk, and record them only then in the chunk map. Errors are logged."""
         opened = self._opened
         if opened is not None:
             self._flush(opened)
 
-    def _flush(self, opened: _Opened) -> bool:
+    def _flush(self, opened: OpenBlob) -> bool:
         with self._flush_lock:
             self._keep_chunks()
             with self._lock:
@@ -294,8 +271,7 @@ class BlobCache:
         if opened is None or not self._flush(opened) or not self._unsealed:
             return
         try:
-            good = (np.frombuffer(opened.states, np.uint8) == READY) & opened.wanted
-            opened.store.seal(np.flatnonzero(good))
+            opened.store.seal(opened.good())
         except OSError as error:
             log.warning("cache file %s cannot be sealed: %s", opened.store.path, error.strerror)
 
@@ -325,7 +301,7 @@ class BlobCache:
 
     # Opening
 
-    def _open_local(self) -> _Opened | None:
+    def _open_local(self) -> OpenBlob | None:
         """Open if that needs no backend."""
         if self._chunks is None and not (self.work_dir / f"{self.blob.id}.blob.meta").exists():
             return None
@@ -335,7 +311,7 @@ class BlobCache:
             log.warning("cache of blob %s: %s", self.blob.id, error)
             return None
 
-    def _open(self, local: bool = False) -> _Opened:
+    def _open(self, local: bool = False) -> OpenBlob:
         """The chunk table and the files; the first caller gets them, the others wait for it."""
         with self._lock:
             if self._opened is not None:
@@ -351,6 +327,12 @@ class BlobCache:
                     if self._closing.is_set():
                         raise BackendError(f"blob {self.blob.id}: the cache is closed")
                     self._opened = opened
+                    waiting, self._more_digests = self._more_digests, []
+                    for source in waiting:
+                        try:
+                            opened.add_digests(source, lambda _row: False)
+                        except FormatError as error:
+                            log.error("%s", error)
             except NydusError as error:
                 opening.error = error
             except BaseException as error:
@@ -371,44 +353,18 @@ class BlobCache:
             raise BackendError(f"blob {self.blob.id}: the cache is closed")
         return opened_now
 
-    def _open_files(self, local: bool) -> _Opened:
+    def _open_files(self, local: bool) -> OpenBlob:
         chunks, from_files = self._load_chunks(local)
-        count = len(chunks)
-        end = int(chunks.uoffset[-1]) + int(chunks.usize[-1]) if count else 0
-        if end > self.length:
-            raise FormatError("a chunk lies beyond the end of the blob", where=self.blob.id, found=end)
         if self._digests is not None:
             self._digests(chunks)
-        decoder = Decoder(chunks)
-        known = chunks.usize > 0
-        verifiable = decoder.verifiable & known
-        if known.any() and not verifiable.any():
-            log.warning("blob %s has no chunk digests: its chunks are only checked for length", self.blob.id)
-        size = max(end, self.blob.uncompressed_size)
-        store = Store(self.work_dir, f"{self.blob.id}.blob", count, size, bool(verifiable.any()))
-        states = np.frombuffer(store.initial, np.uint8)
-        states = np.where(~verifiable & (states == SUSPECT), MISSING, states)
-        if self._validate:
-            states = np.where(verifiable & (states == READY), SUSPECT, states)
-        found = bytearray(np.where(known, states, READY).astype(np.uint8).tobytes())
-        wanted = verifiable if verifiable.any() else known
-        opened = _Opened(
-            chunks=chunks,
-            decoder=decoder,
-            store=store,
-            starts=array("q", chunks.uoffset.astype("<i8").tobytes()),
-            states=found,
-            from_files=from_files,
-            placed=np.where(verifiable & self._validate, SUSPECT, READY).astype(np.uint8),
-            wanted=wanted,
-        )
+        opened = OpenBlob(self.work_dir, chunks, self.length, validate=self._validate, from_files=from_files)
         self._fetcher = Fetcher(
             self.blob.id,
             self._backend,
-            decoder,
+            opened.decoder,
             self._patience,
             missing=lambda row: opened.states[row] == MISSING,
-            spare=lambda row: opened.states[row] == MISSING and bool(wanted[row]),
+            spare=lambda row: opened.states[row] == MISSING and bool(opened.wanted[row]),
             place=lambda decoded: self._place(opened, decoded),
             amplify=self._amplify,
         )
@@ -482,7 +438,9 @@ class BlobCache:
 
     # Filling
 
-    def _gather(self, opened: _Opened, first: int, last: int, *, prefetch: bool = False) -> dict[int, Buffer]:
+    def _gather(
+        self, opened: OpenBlob, first: int, last: int, *, prefetch: bool = False
+    ) -> dict[int, Buffer]:
         """Make a run of chunks ready; gives the bytes of those that had to be decoded or checked."""
         got: dict[int, Buffer] = {}
         states = opened.states
@@ -512,7 +470,7 @@ class BlobCache:
                     self._file("meta").unlink(missing_ok=True)
                 raise
 
-    def _check_suspect(self, opened: _Opened, row: int) -> bytes | None:
+    def _check_suspect(self, opened: OpenBlob, row: int) -> bytes | None:
         """The bytes of a chunk found in the cache if they are right; else it is missing from now on."""
         start, size = opened.starts[row], int(opened.chunks.usize[row])
         try:
@@ -532,7 +490,7 @@ class BlobCache:
             self._unsealed = True
         return data
 
-    def _place(self, opened: _Opened, decoded: Sequence[tuple[int, Buffer]]) -> None:
+    def _place(self, opened: OpenBlob, decoded: Sequence[tuple[int, Buffer]]) -> None:
         """Write verified chunks, adjacent ones together, and mark them ready."""
         run: list[Buffer] = []
         rows: list[int] = []
@@ -551,7 +509,7 @@ class BlobCache:
             end = offset + len(data)
         self._write(opened, start, run, rows)
 
-    def _write(self, opened: _Opened, offset: int, buffers: list[Buffer], rows: list[int]) -> None:
+    def _write(self, opened: OpenBlob, offset: int, buffers: list[Buffer], rows: list[int]) -> None:
         if not rows:
             return
         try:
@@ -563,39 +521,11 @@ class BlobCache:
                 log.warning("cache file %s cannot be written: %s", opened.store.path, error.strerror)
             self._no_space_until = now + 10
             return
-        for row in rows:
-            opened.states[row] = opened.placed[row]
         with self._lock:
+            for row in rows:
+                opened.states[row] = opened.placed[row]
             self._unsealed = True
             self._dirty += rows
             self._dirty_bytes += sum(len(buffer) for buffer in buffers)
             urgent = self._dirty_bytes > DIRTY_BYTES
         flusher.changed(self, urgent=urgent)
-
-
-def _assemble(
-    opened: _Opened, got: dict[int, Buffer], offset: int, end: int, first: int, last: int
-) -> list[Buffer]:
-    """The bytes of a range out of chunks at hand and the cache file."""
-    parts: list[Buffer] = []
-    at = offset
-    row = first
-    while at < end:
-        data = got.get(row) if row < last else None
-        if data is not None:
-            start = opened.starts[row]
-            if start > at:
-                parts.append(bytes(start - at))
-                at = start
-            part = memoryview(data)[at - start : end - start]
-            parts.append(part)
-            at += len(part)
-            row += 1
-            continue
-        while row < last and row not in got:
-            row += 1
-        stop = max(at, opened.starts[row]) if row < last else end
-        if stop > at:
-            parts.append(opened.store.read(at, stop - at))
-            at = stop
-    return parts if len(parts) <= _MAX_BUFFERS else [b"".join(parts)]

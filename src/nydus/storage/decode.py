@@ -32,7 +32,7 @@ _PADDING = {
 
 
 class Decoder:
-    """Plans and decodes the units of one blob. Immutable, hence thread-safe.
+    """Plans and decodes the units of one blob. Thread-safe.
 
     Args:
         chunks: chunk table of the blob.
@@ -101,6 +101,13 @@ class Decoder:
                 raise FormatError(
                     f"unreasonable {what} size of a chunk", where=self._where, found=values.max()
                 )
+
+    def add_digests(self, digests: npt.NDArray[np.uint8], rows: npt.NDArray[np.bool_]) -> None:
+        """Verify these chunks, too, from now on."""
+        if self._digests is None:
+            self._digests = self._chunks.digests = np.zeros_like(digests)
+        self._digests[rows] = digests[rows]
+        self.verifiable |= rows
 
     def rows(self, unit: int) -> npt.NDArray[np.int64]:
         """The chunks of a unit."""

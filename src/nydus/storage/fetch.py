@@ -126,6 +126,10 @@ class Fetcher:
             got.update((row, flight.data[row]) for row in rows if row in flight.data)
         return got
 
+    def flying(self, row: int) -> bool:
+        """Whether a chunk is being fetched."""
+        return int(self._decoder.unit_of[row]) in self._flights
+
     def drain(self, seconds: float) -> None:
         """Wait for the requests that are under way, but not longer than this."""
         limit = time.monotonic() + seconds
