@@ -11,6 +11,37 @@ from nydus.rafs import toc
 from nydus.rafs.model import BlobFeature, SuperFlag, Tree
 
 
+def read_bytes(path: str) -> bytes:
+    """A bootstrap: that of a file, or the one inside a blob.
+
+    Raises:
+        NydusError: the file cannot be read.
+        FormatError: it is neither.
+    """
+    from nydus import rafs
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(2048)
+            try:
+                rafs.detect(head)
+                return head + file.read()
+            except FormatError as error:
+                reason = error
+            descriptor = file.fileno()
+
+            def read(offset: int, length: int) -> bytes:
+                return os.pread(descriptor, length, offset)
+
+            try:
+                return toc.extract_bootstrap(read, size, path)
+            except FormatError:
+                raise FormatError(f"{path}: {reason}") from None
+    except OSError as error:
+        raise NydusError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def load(path: str) -> Tree:
     """The tree of a bootstrap file, or of a blob that holds its bootstrap.
 
@@ -22,30 +53,7 @@ def load(path: str) -> Tree:
     """
     from nydus import rafs
 
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(2048)
-            try:
-                rafs.detect(head)
-                inline = False
-            except FormatError as error:
-                reason, inline = error, True
-            if inline:
-                descriptor = file.fileno()
-
-                def read(offset: int, length: int) -> bytes:
-                    return os.pread(descriptor, length, offset)
-
-                try:
-                    data = toc.extract_bootstrap(read, size, path)
-                except FormatError:
-                    raise FormatError(f"{path}: {reason}") from None
-            else:
-                data = head + file.read()
-    except OSError as error:
-        raise NydusError(f"{path}: cannot be read: {error.strerror}") from None
-    tree = rafs.read(data, path)
+    tree = rafs.read(read_bytes(path), path)
     tree.blobs = [
         dataclasses.replace(blob, id=stem(path)) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs
     ]
