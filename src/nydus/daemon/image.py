@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -97,6 +98,7 @@ class Image:
         self._backend_key = hashlib.sha256(document).hexdigest()
         self._make_backend = lambda: backends.create(backend.type, backend.config)
         self.backend = pool.backends.acquire(self._backend_key, self._make_backend)
+        self._introduced: dict[int, weakref.ref[BlobCache]] = {}
 
     @property
     def blobs(self) -> list[BlobInfo]:
@@ -104,7 +106,10 @@ class Image:
 
     def key(self, blob: int) -> str:
         """Names the bytes of a blob: images with the same key share one cache and one file of blobfs."""
-        return f"{self._backend_key} {self.work_dir.resolve()} {self.blobs[blob]!r}"
+        info = self.blobs[blob]
+        # Without blob.meta an image only knows the chunks it uses itself: nothing another one could share.
+        alone = str(self.bootstrap.resolve()) if self._without_meta(info) else ""
+        return f"{self._backend_key} {self.work_dir.resolve()} {info!r} {alone}"
 
     def device_size(self, blob: int) -> int:
         """Length of a blob's device in bytes, whole pages that cover what the device table promises."""
@@ -114,8 +119,22 @@ class Image:
         return -(-size // 4096) * 4096
 
     def open_cache(self, blob: int) -> BlobCache:
-        """The cache of a blob; give it back with :meth:`Pool.caches.release`. Waits for nothing."""
-        return self._pool.caches.acquire(self.key(blob), lambda: self._make_cache(blob)).cache
+        """The cache of a blob; give it back with :meth:`release_cache`. Waits for nothing.
+
+        Raises:
+            NydusError: the image disagrees with another, that has it open, about the blob's chunks.
+        """
+        cache = self._pool.caches.acquire(self.key(blob), lambda: self._make_cache(blob)).cache
+        known = self._introduced.get(blob)
+        if known is None or known() is not cache:
+            # Made by another image, perhaps, which does not know all the chunks that this one uses.
+            try:
+                cache.add_digests(lambda chunks: self._add_digests(chunks, blob))
+            except BaseException:
+                self.release_cache(blob)
+                raise
+            self._introduced[blob] = weakref.ref(cache)
+        return cache
 
     def release_cache(self, blob: int) -> None:
         self._pool.caches.release(self.key(blob))
@@ -141,6 +160,7 @@ class Image:
             # A RAFS blob whose metadata is inlined goes by the name of the bootstrap.
             meta_id=self.bootstrap.name.partition(".")[0] if separate else "",
         )
+        self._introduced[blob] = weakref.ref(cache)
         return OpenCache(cache, lambda: self._pool.backends.release(self._backend_key))
 
     def tree(self) -> Tree:
