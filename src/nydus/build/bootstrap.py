@@ -53,7 +53,11 @@ def load(path: str) -> Tree:
     """
     from nydus import rafs
 
-    tree = rafs.read(read_bytes(path), path)
+    return name_blobs(rafs.read(read_bytes(path), path), path)
+
+
+def name_blobs(tree: Tree, path: str) -> Tree:
+    """Call a blob that does not know its own id by the name of its file up to the first dot."""
     tree.blobs = [
         dataclasses.replace(blob, id=stem(path)) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs
     ]
