@@ -7,21 +7,24 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from nydus.demo.image import COMMAND, build
+from nydus.demo.image import build
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE_IMAGE = ROOT.parent / "shared" / "tools" / "make-image"
 CACHE = Path("/var/tmp/nydus-bench-images")
-PYTHON = ("python3", "-c", "import json, numpy; print('numpy', numpy.__version__, flush=True)")
+PROGRAMS = {
+    "echo": ("/bin/sh", "-c", "echo started"),
+    "python3 json": ("python3", "-c", "import json; print('started', flush=True)"),
+    "python3 numpy": ("python3", "-c", "import json, numpy; print('started', flush=True)"),
+}
 
 
 @dataclass(frozen=True)
 class BenchImage:
-    """An OCI layout, and a command that the image runs."""
+    """An OCI layout with a shell, python3 and numpy in it."""
 
     title: str
     layout: Path
-    command: tuple[str, ...]
 
     @property
     def environment(self) -> list[str]:
@@ -51,12 +54,12 @@ def find(layout: Path | None, folder: Path) -> BenchImage:
         folder: where the demo's image is made if it is used.
     """
     if layout is not None:
-        return BenchImage(layout.name, layout, PYTHON)
+        return BenchImage(layout.name, layout)
     if not MAKE_IMAGE.exists():
-        return BenchImage("demo", build(folder / "image").layout, COMMAND)
+        return BenchImage("demo", build(folder / "image").layout)
     if not (CACHE / "python" / "index.json").exists():
         # In a mount namespace of its own: what it mounts cannot stay behind.
         unshare = ["unshare", "--mount", "--propagation", "private"]
         make = [str(MAKE_IMAGE), str(CACHE), "python", "python3 python3-pip python3-numpy"]
         subprocess.run([*unshare, *make], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return BenchImage("python", CACHE / "python", PYTHON)
+    return BenchImage("python", CACHE / "python")
