@@ -11,7 +11,7 @@ from nydus.build.blob import BlobWriter, Dictionary, HashingSink, Sink
 from nydus.build.merge import Whiteout, overlay
 from nydus.build.sections import SectionWriter
 from nydus.build.stream import Source, Window, ahead, blocks
-from nydus.build.tar import TarReader
+from nydus.build.tar import Entry, TarReader
 from nydus.build.tree import NO_DEVICE, TreeBuilder
 from nydus.errors import ConfigError
 from nydus.rafs import blobmeta
@@ -178,32 +178,36 @@ def read_tar(reader: TarReader, builder: TreeBuilder, writer: BlobWriter, option
     """Put all members of an archive into a tree and a blob."""
     chunk_size = options.chunk_size
     for entry in reader:
-        mode = entry.mode
-        kind = mode & 0o170000
-        name = entry.name
-        if name.removeprefix(b"./").lstrip(b"/") in _STARGZ_FILES:
-            continue
-        uid, gid = (entry.uid, entry.gid) if options.owners else (0, 0)
-        if entry.hard_link:
-            builder.link(name, entry.link, (mode, uid, gid, entry.mtime))
-            continue
-        rdev = NO_DEVICE
-        if kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
-            rdev = device(entry.major, entry.minor)
-        number = builder.add(
-            name,
-            mode,
-            uid,
-            gid,
-            entry.mtime,
-            size=entry.size,
-            rdev=rdev,
-            target=entry.link,
-            xattrs=known_xattrs(entry.xattrs),
-        )
-        if entry.size:
+        number = add_entry(builder, entry, options)
+        if number is not None and entry.size:
             first, count = writer.add(reader.chunks(entry, chunk_size), entry.size <= chunk_size)
             builder.set_chunks(number, first, count)
+
+
+def add_entry(builder: TreeBuilder, entry: Entry, options: BuildOptions) -> int | None:
+    """Put the name of an archive member into a tree; the inode, or None if it has no data of its own."""
+    mode, name = entry.mode, entry.name
+    kind = mode & 0o170000
+    if name.removeprefix(b"./").lstrip(b"/") in _STARGZ_FILES:
+        return None
+    uid, gid = (entry.uid, entry.gid) if options.owners else (0, 0)
+    if entry.hard_link:
+        builder.link(name, entry.link, (mode, uid, gid, entry.mtime))
+        return None
+    rdev = NO_DEVICE
+    if kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
+        rdev = device(entry.major, entry.minor)
+    return builder.add(
+        name,
+        mode,
+        uid,
+        gid,
+        entry.mtime,
+        size=entry.size,
+        rdev=rdev,
+        target=entry.link if kind == stat.S_IFLNK else b"",
+        xattrs=known_xattrs(entry.xattrs),
+    )
 
 
 _XATTR_PREFIXES = (b"user.", b"security.", b"trusted.")

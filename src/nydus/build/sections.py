@@ -68,6 +68,10 @@ class SectionWriter:
         self._out.write(data)
         return hashlib.sha256(data).digest(), len(data)
 
+    def entries_digest(self) -> bytes:
+        """The sha256 of the entries of the table of contents, without its tar header."""
+        return hashlib.sha256(toc.write_toc(self._entries)[: -toc.HEADER_SIZE]).digest()
+
     def _entry(self, name: str, kind: Compression, data: bytes, offset: int, stored: int) -> None:
         digest = hashlib.sha256(data).digest()
         self._entries.append(toc.TocEntry(name, kind, digest, offset, stored, len(data)))

@@ -46,6 +46,11 @@ def blocks(source: Source, where: str = "", raw: Callable[[bytes], object] | Non
     return pieces
 
 
+def tap(source: Source, raw: Callable[[bytes], object]) -> Iterator[bytes]:
+    """The stored bytes of a stream, each piece given to ``raw`` first."""
+    return _pieces(source.read(BLOCK), source, raw)
+
+
 def _pieces(head: bytes, source: Source, raw: Callable[[bytes], object] | None) -> Iterator[bytes]:
     piece = head
     while piece:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from nydus.build.stream import Window
 from nydus.errors import FormatError
 
 #: PAX records, long names and sparse maps above this are refused, as Go does.
@@ -74,6 +74,21 @@ class _Pending:
     sparse: list[bytes] = field(default_factory=list)
 
 
+class Stream(Protocol):
+    """What a reader needs of a stream: :class:`nydus.build.stream.Window` and its like."""
+
+    where: str
+    position: int
+
+    def take(self, size: int) -> memoryview: ...
+
+    def skip(self, size: int) -> None: ...
+
+    def at_end(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+
 class TarReader:
     """Iterate over the members; read the data of the current one with :meth:`chunks` before going on.
 
@@ -81,7 +96,7 @@ class TarReader:
         FormatError: on anything that is not a well-formed archive, with the offset in the plain stream.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Stream) -> None:
         self._window = window
 
     def _fail(self, what: str, at: int, **more: object) -> FormatError:

@@ -264,6 +264,14 @@ def _build(given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], 
     from nydus.build.stream import open_source
 
     with open_source(source) as stream:
+        if kind in ("targz-ref", "estargz-ref"):
+            from nydus.build.zran import build_reference
+
+            return build_reference(stream, sink, options, prefetch, source)
+        if kind == "tar-tarfs":
+            from nydus.build.tarfs import build_tarfs
+
+            return build_tarfs(stream, options, prefetch, source)
         from nydus.build.layer import build_layer
 
         return build_layer(stream, sink, options, prefetch, source)
