@@ -39,6 +39,7 @@ _PIECE = 1 << 20
 #: Between two pieces of a throttled answer, so that the rate is smooth.
 _THROTTLED_PIECE = 16 << 10
 _SAMPLE_SECONDS = 0.02
+_CATCH_UP_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -63,7 +64,8 @@ class Throttle:
     def take(self, count: int) -> None:
         with self._lock:
             now = time.monotonic()
-            self._free = max(self._free, now) + count / self._rate
+            # What a late wake-up lost may be made up for, or the link would be slower than it says.
+            self._free = max(self._free, now - _CATCH_UP_SECONDS) + count / self._rate
             wait = self._free - now
         if wait > 0:
             time.sleep(wait)
