@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.vectors,
     pytest.mark.skipif(bool(containerd_node.missing()), reason=f"not installed: {containerd_node.missing()}"),
 ]
+OURS = str(Path(sys.executable).with_name("ctr-remote"))
 SAYS = "hello from a lazy image\napp/data.bin: OK\n"
 
 
@@ -142,19 +145,40 @@ def test_an_unreachable_registry_does_not_hang_the_start(node: Node, images: dic
         (node.directory / "hidden").rename(blobs)
 
 
-def test_ctr_remote_pulls_lazily_and_ctr_runs(node: Node, images: dict[str, str]) -> None:
-    reference = images["v6-zstd"]
+@pytest.mark.parametrize("program", ["ours", "stargz"])
+@pytest.mark.parametrize("kind", ["v6-zstd", "oci-ref", "source"])
+def test_ctr_remote_pulls_lazily_and_ctr_runs(
+    node: Node, images: dict[str, str], program: str, kind: str
+) -> None:
+    reference = images[kind]
     node.server.reset_counters()
-    node.containerd.ctr(
-        "images", "rpull", "--plain-http", "--snapshotter", "nydus", reference, program="ctr-remote"
-    )
-    assert node.server.reset_counters().bytes_sent < 100_000
+    pull = ("images", "rpull", "--plain-http", "--snapshotter", "nydus", reference)
+    if program == "ours":
+        node.containerd.ctr(*pull, program=OURS)
+    elif shutil.which("/usr/bin/ctr-remote"):
+        node.containerd.ctr(*pull, program="/usr/bin/ctr-remote")
+    else:
+        pytest.skip("stargz-snapshotter is not installed")
+    assert (node.server.reset_counters().bytes_sent < 100_000) == (kind != "source")
+    run = ("run", "--rm", "--snapshotter", "nydus", "--net-host", reference, f"c{time.time_ns()}")
+    assert node.containerd.ctr(*run).stdout == SAYS
+    if program == "ours":
+        node.containerd.collect_garbage()
+        assert node.containerd.ctr(*run[:-1], "again").stdout == SAYS, "nothing of it is garbage"
+        done = node.containerd.ctr(*pull, program=OURS)
+        assert " 0 bytes downloaded" in done.stdout
+
+
+def test_ctr_remote_says_what_is_wrong(node: Node, images: dict[str, str]) -> None:
+    pull = ("images", "rpull", "--snapshotter", "nydus")
+    done = node.containerd.ctr(*pull, f"{node.host}/run:nothing", program=OURS, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "run:nothing" in done.stderr or "unknown" in done.stderr
     done = node.containerd.ctr(
-        "run", "--rm", "--snapshotter", "nydus", "--net-host", reference, f"c{time.time_ns()}"
+        "images", "rpull", "--snapshotter", "nobody", images["v6-zstd"], program=OURS, check=False
     )
-    assert done.stdout == SAYS
-    # The CRI knows images by its own labels; this one goes the way it came.
-    node.containerd.ctr("images", "rm", "--sync", reference)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "nobody" in done.stderr
 
 
 def test_a_view_shows_the_image(node: Node, images: dict[str, str], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class Template:
             config["mirrors"] = others
         if authorities:
             config["ca_cert_files"] = authorities
-        if "scheme" not in config and _is_loopback(host):
+        if "scheme" not in config and is_loopback(host):
             # As containerd does.
             config["scheme"] = "http"
 
@@ -166,7 +166,8 @@ def _credentials(reference: Reference, labels: Mapping[str, str]) -> dict[str, s
     return {}
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """A registry on this machine, which containerd asks over plain http."""
     name = host.rsplit(":", 1)[0].strip("[]") if not host.endswith("]") else host.strip("[]")
     try:
         return ipaddress.ip_address(name).is_loopback
