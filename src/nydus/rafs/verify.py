@@ -46,9 +46,13 @@ class _Verifier:
     def __init__(self, buffer: Buffer, head: Super) -> None:
         self.buffer, self.head = buffer, head
         self.problems: list[FormatError] = []
-        # Builders that say whether an image is encrypted are the ones whose derived fields can be relied on;
-        # rafs.md 2.14 lists what older ones got wrong.
-        self.current = bool(head.flags & _ENCRYPTION)
+        # Old builders got derived fields wrong (rafs.md 2.14). Current ones mark their v5 blobs, and say
+        # in v6 whether an image is encrypted.
+        self.current = bool(head.flags & _ENCRYPTION) or (
+            head.version == 5
+            and bool(head.blobs)
+            and all(blob.features & BlobFeature.CAP_TAR_TOC for blob in head.blobs)
+        )
 
     def report(
         self, what: str, offset: int | None = None, *, found: object = None, expected: object = None
