@@ -20,7 +20,7 @@ class Nydusify:
             text=True,
             input=stdin,
             cwd=self._folder,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(self._folder), **(env or {})},
+            env={"PATH": "/usr/bin:/bin", "HOME": str(self._folder.parent), **(env or {})},
             timeout=60,
             check=False,
         )

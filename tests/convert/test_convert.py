@@ -277,3 +277,123 @@ def test_a_network_that_fails_for_a_while(server: FaultyRegistry, source: str) -
     server.intercepts.append(Times(1, lambda h: h.command == "PUT" and "/blobs/" in h.path, hang_up))
     image(place(source), place(f"{server.host}/small:nydus"), ConvertOptions(retry_delay=0.1))
     assert not no_tag(server)
+
+
+# Variants
+
+
+def test_a_merged_index(server: FaultyRegistry, source: str, vectors: Path) -> None:
+    """Also into another repository, where the blobs of the source have to go too."""
+    target = place(f"{server.host}/elsewhere:merged")
+    image(docker_image(server, source), target, ConvertOptions(merge_platform=True))
+    expected, found = load(open_archive(vectors / "oci/merged-index.tar"), ""), load(target.open(), "merged")
+    assert found["mediaType"] == model.OCI_INDEX
+    expected["mediaType"] = expected["content type"]
+    for document in (expected, found):
+        for entry in document["manifests"]:
+            entry.get("annotations", {}).pop(model.NYDUS_SOURCE_DIGEST, None)
+            for key in (BUILDER, SOURCE_REFERENCE, model.NYDUS_SOURCE_DIGEST):
+                entry["content"]["annotations"].pop(key, None)
+        document["manifests"][1]["content"]["config"]["content"]["rootfs"].pop("diff_ids")
+    assert without(found, DIFFERENT) == without(expected, DIFFERENT)
+    original, theirs = (document["manifests"][0]["content"]["layers"] for document in (found, expected))
+    assert [layer["digest"] for layer in original] == [layer["digest"] for layer in theirs]
+
+
+@pytest.mark.parametrize("api", [True, False])
+def test_referrers(server: FaultyRegistry, source: str, api: bool) -> None:
+    from nydus.oci.server import Handler
+
+    if not api:  # as a registry of before the referrers API answers
+        from faulty import status
+
+        class Old:
+            def __call__(self, handler: Handler) -> bool:
+                if "/referrers/" in handler.path:
+                    status(404)(handler)  # type: ignore[arg-type]
+                    return True
+                start = handler._start
+                handler._start = lambda s, n, h: start(s, n, {k: h[k] for k in h if k != "OCI-Subject"})  # type: ignore[method-assign]
+                return False
+
+        server.intercepts.append(Old())
+    target = place(f"{server.host}/small:nydus")
+    result = image(place(source), target, ConvertOptions(with_referrer=True))
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        origin = repository.manifest("latest")[0]
+        (found,) = repository.referrers(origin.digest)
+    assert found.digest == result.descriptor.digest
+    subject = load(target.open(), "nydus")["subject"]
+    assert subject == {"mediaType": model.OCI_MANIFEST, "digest": origin.digest, "size": origin.size}
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_layers_are_not_converted_again(
+    server: FaultyRegistry, source: str, tmp_path: Path, version: int
+) -> None:
+    options = ConvertOptions(fs_version=version, record=tmp_path / "record")
+    first = image(place(source), place(f"{server.host}/small:nydus"), options)
+    for target in ("small:again", "linked:v1"):
+        server.seen.clear()
+        again = image(place(source), place(f"{server.host}/{target}"), options)
+        assert [layer.reused for layer in again.layers] == [True] * 3
+        assert again.descriptor.digest == first.descriptor.digest
+        assert not server.paths("PATCH")
+    with FaultyRegistry(tmp_path / "other") as other:  # where the blobs are not
+        moved = image(place(source), place(f"{other.host}/small:nydus"), options)
+        assert not any(layer.reused for layer in moved.layers)
+        assert moved.descriptor.digest == first.descriptor.digest
+    changed = ConvertOptions(fs_version=version, record=tmp_path / "record", compressor="none")
+    assert not any(
+        layer.reused for layer in image(place(source), place(f"{server.host}/s:t"), changed).layers
+    )
+
+
+def test_a_record_that_is_not_true_is_not_believed(
+    server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record")
+    first = image(place(source), place(f"{server.host}/small:nydus"), options)
+    files = sorted(path for path in (tmp_path / "record").rglob("*") if path.is_file())
+    contents = [path.read_bytes() for path in files]
+    for path, other in zip(files, [*contents[1:], b"garbage"], strict=True):
+        path.write_bytes(other)
+    again = image(place(source), place(f"{server.host}/small:again"), options)
+    assert not any(layer.reused for layer in again.layers)
+    assert again.descriptor.digest == first.descriptor.digest
+    for path in files:
+        path.write_bytes(path.read_bytes().replace(b'"bootstrap":"', b'"bootstrap":"00'))
+    again = image(place(source), place(f"{server.host}/small:again"), options)
+    assert not any(layer.reused for layer in again.layers)
+    assert again.descriptor.digest == first.descriptor.digest
+
+
+def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    from nydus.convert.cache import BuildCache
+
+    def convert(tag: str, options: ConvertOptions, version: str = "v1", most: int = 200) -> list[bool]:
+        cache = BuildCache(place(f"{server.host}/cache:c"), version, most)
+        result = image(place(source), place(f"{server.host}/{tag}"), options, cache=cache)
+        return [layer.reused for layer in result.layers]
+
+    def cached() -> list[dict[str, object]]:
+        return list(load(place(f"{server.host}/cache:c").open(), "c")["layers"])
+
+    assert convert("small:a", ConvertOptions()) == [False] * 3
+    document = load(place(f"{server.host}/cache:c").open(), "c")
+    assert document["config"]["content"] == {} and document["annotations"] == {
+        model.NYDUS_CACHE_VERSION: "v1"
+    }
+    assert convert("other:b", ConvertOptions()) == [True] * 3
+    assert len(cached()) == 3
+    # Keyed by all parameters
+    assert convert("small:c", ConvertOptions(fs_version=5)) == [False] * 3
+    assert len(cached()) == 6
+    assert convert("small:d", ConvertOptions()) == [True] * 3
+    assert convert("small:e", ConvertOptions(), "v2") == [False] * 3
+    assert len(cached()) == 3
+    assert convert("small:f", ConvertOptions(batch_size=0x10000), "v2", most=4) == [False] * 3
+    assert len(cached()) == 4
+    with pytest.raises(NydusError, match="is not a build cache"):
+        image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))

@@ -22,14 +22,9 @@ _NOT_YET = (
     "backend_config",
     "backend_config_file",
     "backend_force_push",
-    "build_cache",
-    "build_cache_tag",
-    "build_cache_insecure",
     "chunk_dict",
     "chunk_dict_insecure",
-    "merge_platform",
     "oci_ref",
-    "with_referrer",
     "reverse",
 )
 
@@ -90,6 +85,7 @@ _NOT_YET = (
 @option("--backend-force-push", env="BACKEND_FORCE_PUSH", is_flag=True, help="Upload blobs even if present.")
 @option("--source-backend-type", hidden=True)
 @option("--source-backend-config", hidden=True)
+@option("--no-reuse", is_flag=True, help="Convert layers even if the target has them from an earlier run.")
 @option(
     "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
 )
@@ -123,6 +119,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.cli.progress import progress_for
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
+    from nydus.convert.reuse import default_folder
     from nydus.convert.select import parse_platform
     from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
@@ -151,6 +148,9 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         aligned_chunk=values["fs_align_chunk"] or values["backend_aligned_chunk"],
         prefetch=_prefetch(values),
         oci=values["oci"] and not values["docker_v2_format"],
+        merge_platform=values["merge_platform"],
+        with_referrer=values["with_referrer"],
+        record=None if values["no_reuse"] else default_folder(),
         attempts=values["push_retry_count"] if values["push_retry_count"] > 0 else 3,
         retry_delay=duration(values["push_retry_delay"]),
     )
@@ -163,7 +163,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             place: SinkPlace = registry_place(
                 target, plain_http=values["plain_http"], insecure=values["target_insecure"]
             )
-            result = image(source, place, options, progress, platforms)
+            result = image(source, place, options, progress, platforms, _build_cache(values, target))
         else:
             from nydus.oci.archive import write_archive
             from nydus.oci.layout import Layout
@@ -177,9 +177,10 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                     write_archive(Layout(folder), archive, target)
     seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
     where = values["target_archive"] or str(target)
+    reused = sum(layer.reused for layer in result.layers)
+    layers = f"{len(result.layers)} layers" + (f" ({reused} of them before)" if reused else "")
     log.info(
-        f"converted {len(result.layers)} layers, {human(result.source_size)} to {human(result.target_size)},"
-        f" in {seconds:.1f} s",
+        f"converted {layers}, {human(result.source_size)} to {human(result.target_size)}, in {seconds:.1f} s",
         target=where,
         digest=result.descriptor.digest,
     )
@@ -192,6 +193,27 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             "TargetPushElapsed": int(result.push_seconds * 1e9),
         }
         _write(output, json.dumps(figures, separators=(",", ":")))
+
+
+def _build_cache(values: dict[str, Any], target: Any) -> Any:
+    """The build cache that the options name, or None."""
+    from nydus.convert.cache import BuildCache
+    from nydus.oci.place import registry_place
+    from nydus.oci.reference import parse
+
+    if values["build_cache"] and values["build_cache_tag"]:
+        raise ConfigError("--build-cache and --build-cache-tag cannot be used together")
+    if not (values["build_cache"] or values["build_cache_tag"]):
+        return None
+    if not 1 <= values["build_cache_max_records"] <= 200:
+        raise ConfigError("--build-cache-max-records must be from 1 to 200")
+    tag = values["build_cache_tag"]
+    reference = target.with_tag(tag) if tag else parse(values["build_cache"])
+    if reference.digest:
+        raise ConfigError("--build-cache must be a tag, not a digest")
+    insecure = values["build_cache_insecure"] or (bool(tag) and values["target_insecure"])
+    place = registry_place(reference, plain_http=values["plain_http"], insecure=insecure)
+    return BuildCache(place, values["build_cache_version"], values["build_cache_max_records"])
 
 
 def _target(values: dict[str, Any], source: Any) -> Any:

@@ -66,8 +66,9 @@ class Lines:
         now = time.monotonic()
         if layer.state == "done":
             done = sum(other.state == "done" for other in self._layers)
+            verb = "reused" if layer.reused else "converted"
             self._log.info(
-                f"converted layer {done}/{len(self._layers)}: {human(layer.size)} to {human(layer.built)}"
+                f"{verb} layer {done}/{len(self._layers)}: {human(layer.size)} to {human(layer.built)}"
                 f" , elapse {now - self._started:.3f}s",
                 layer=layer.digest,
             )
@@ -107,7 +108,7 @@ class Terminal:
         )
 
     def changed(self, layer: LayerProgress) -> None:
-        note = "done" if layer.state == "done" else "converting"
+        note = "reused" if layer.reused else "done" if layer.state == "done" else "converting"
         self._bars.update(
             self._tasks[id(layer)],
             completed=layer.downloaded,

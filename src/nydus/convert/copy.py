@@ -55,7 +55,7 @@ def copy(
     progress.note(f"pulling image {source}")
     index, images = select(reader, source.target, str(source), platforms, attestations=platforms is None)
     progress.note(f"copying image {source}")
-    copied = _copy_blobs(reader, writer, images, _common_repository(source, target), progress)
+    copied = _copy_blobs(reader, writer, images, linkable_repository(source, target), progress)
     for image in images:
         reference = (
             name if index is None or len(images) == 1 != len(index.manifests) else image.descriptor.digest
@@ -72,7 +72,7 @@ def copy(
     return copied
 
 
-def _common_repository(source: SourcePlace, target: SinkPlace) -> str:
+def linkable_repository(source: SourcePlace, target: SinkPlace) -> str:
     """The repository to link blobs from, if both are in the same registry."""
     if not (isinstance(source, RegistryPlace) and isinstance(target, RegistryPlace)):
         return ""

@@ -107,12 +107,14 @@ def rewrite_manifest(
     *,
     fs_version: int,
     oci: bool,
+    subject: Descriptor | None = None,
 ) -> Manifest:
     """The manifest of a Nydus image.
 
     Args:
         source_digest: of the manifest that was converted (not of an index that names it).
         oci: Docker's media types become those of OCI.
+        subject: what the new manifest refers to.
     """
     docker = source.media_type == model.DOCKER_MANIFEST and not oci
     version = {model.NYDUS_FS_VERSION: str(fs_version)}
@@ -135,6 +137,7 @@ def rewrite_manifest(
                 annotations={model.NYDUS_BOOTSTRAP: "true", **version},
             ),
         ),
+        subject=subject,
         annotations={**(source.annotations or {}), **provenance},
     )
 

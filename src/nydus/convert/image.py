@@ -9,15 +9,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from nydus.convert.cache import BuildCache
+from nydus.convert.copy import linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
-from nydus.convert.job import Converted, Job
+from nydus.convert.job import Converted
+from nydus.convert.layers import convert_layers, repository_of
+from nydus.convert.merged import put_original
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.reuse import known_of
 from nydus.convert.select import Image, host_platform, reference_name, select
 from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
-from nydus.oci.model import Descriptor, Index, Platform
+from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
 _LAYER_TYPES = (
@@ -54,6 +59,7 @@ def image(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
+    cache: BuildCache | None = None,
 ) -> Result:
     """Converts an image.
 
@@ -62,6 +68,7 @@ def image(
 
     Args:
         platforms: () is that of this machine, None is all; with more than one the target is an index.
+        cache: layers converted before, and where to add the new ones.
 
     Raises:
         NydusError: one line that says what is wrong and where.
@@ -78,38 +85,46 @@ def image(
         for found in images:
             _check(found, f"{source}")
         writer = target.open_sink()
+        cached = cache.load(options) if cache else {}
         pulled = time.monotonic()
         progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
         progress.note(f"converting image {source}")
-        layers, blobs = _convert_layers(images, source, target, options, workers, progress)
+        layers, blobs = convert_layers(images, source, target, options, workers, progress, cached)
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
     progress.note(f"pushing image {target}")
-    single = index is None or len(images) == 1
-    described: list[Descriptor] = []
-    sizes = 0
-    for found in images:
-        manifest = _assemble(
-            found, [blobs[layer.digest] for layer in found.manifest.layers], source, writer, options
-        )
-        data = model.encode(manifest)
-        reference = name if single else model.digest(data)
-        stored = writer.put_manifest(reference, data, manifest.media_type)
-        described.append(msgspec.structs.replace(stored, platform=found.descriptor.platform))
-        sizes += manifest.config.size + sum(layer.size for layer in manifest.layers)
-    result = Result(described[0])
-    if not single:
-        assert index is not None
-        result.descriptor = _put_index(index, described, name, writer, options)
+    manifests = [
+        _assemble(found, [blobs[layer.digest] for layer in found.manifest.layers], source, writer, options)
+        for found in images
+    ]
+    if options.merge_platform:
+        link_from = linkable_repository(source, target)
+        entries = [put_original(found, reader, writer, link_from) for found in images]
+        entries += _put_manifests(manifests, images, writer)
+        descriptor = _put_index(model.OCI_INDEX, None, entries, name, writer)
+    elif index is None or len(images) == 1:
+        descriptor = writer.put_manifest(name, model.encode(manifests[0]), manifests[0].media_type)
+    else:
+        media_type = model.OCI_INDEX if options.oci else index.media_type
+        entries = _put_manifests(manifests, images, writer)
+        descriptor = _put_index(media_type, index.annotations, entries, name, writer)
+    if cache:
+        known = {digest: known_of(blob, repository_of(target)) for digest, blob in blobs.items()}
+        cache.store(known, options, target.open(), repository_of(target))
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
-    result.source_size, result.target_size = sum(found.size for found in images), sizes
-    result.pull_seconds, result.convert_seconds = pulled - started, converted - pulled
-    result.push_seconds, result.layers = ended - converted, layers
-    result.duplicates = sum(blob.duplicates for blob in blobs.values())
-    return result
+    return Result(
+        descriptor,
+        source_size=sum(found.size for found in images),
+        target_size=sum(m.config.size + sum(layer.size for layer in m.layers) for m in manifests),
+        pull_seconds=pulled - started,
+        convert_seconds=converted - pulled,
+        push_seconds=ended - converted,
+        duplicates=sum(blob.duplicates for blob in blobs.values()),
+        layers=layers,
+    )
 
 
 def _check(found: Image, where: str) -> None:
@@ -126,43 +141,9 @@ def _check(found: Image, where: str) -> None:
             raise ConfigError(f"{where}: layer {number} is of a type that cannot be converted: {kind!r}")
 
 
-def _convert_layers(
-    images: Sequence[Image],
-    source: SourcePlace,
-    target: SinkPlace,
-    options: ConvertOptions,
-    workers: Workers,
-    progress: Progress,
-) -> tuple[list[LayerProgress], dict[str, Converted]]:
-    """Converts every distinct layer once."""
-    distinct: dict[str, tuple[int, Descriptor]] = {}
-    for found in images:
-        for number, layer in enumerate(found.manifest.layers, 1):
-            distinct.setdefault(layer.digest, (number, layer))
-    jobs = [Job(number, layer, source, target, options) for number, layer in distinct.values()]
-    states = [LayerProgress(job.number, job.layer.digest, job.layer.size) for job in jobs]
-    blobs: dict[str, Converted] = {}
-    progress.layers(states)
-
-    def advance(position: int, read: int, built: int, sent: int) -> None:
-        state = states[position]
-        state.state, state.downloaded, state.built, state.uploaded = "converting", read, built, sent
-        progress.changed(state)
-
-    def finish(position: int, converted: Converted) -> None:
-        state = states[position]
-        state.state, state.downloaded = "done", state.size
-        state.built = state.uploaded = converted.size
-        blobs[state.digest] = converted
-        progress.changed(state)
-
-    workers.run(jobs, advance, finish)
-    return states, blobs
-
-
 def _assemble(
     found: Image, blobs: Sequence[Converted], source: SourcePlace, writer: Sink, options: ConvertOptions
-) -> model.Manifest:
+) -> Manifest:
     """Merges the layers of one image and stores all of it but the manifest."""
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
@@ -174,7 +155,10 @@ def _assemble(
     bootstrap = writer.put_blob(packed, model.OCI_LAYER_GZIP)
     where = f"{source}: config"
     raw_config = rewrite_config(found.raw_config, [*(blob.digest for blob in blobs), diff_id], where)
-    config = writer.put_blob(raw_config, config_type(found.manifest, oci=options.oci))
+    kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
+    config = writer.put_blob(raw_config, kind)
+    origin = found.descriptor
+    subject = Descriptor(media_type=found.manifest.media_type, digest=origin.digest, size=origin.size)
     return rewrite_manifest(
         found.manifest,
         found.descriptor.digest,
@@ -192,15 +176,28 @@ def _assemble(
         bootstrap,
         fs_version=options.fs_version,
         oci=options.oci,
+        subject=subject if options.with_referrer else None,
     )
+
+
+def _put_manifests(manifests: Sequence[Manifest], images: Sequence[Image], writer: Sink) -> list[Descriptor]:
+    """Stores manifests by digest; returns their entries for an index."""
+    entries = []
+    for manifest, found in zip(manifests, images, strict=True):
+        data = model.encode(manifest)
+        stored = writer.put_manifest(model.digest(data), data, manifest.media_type)
+        nydus = manifest.config.media_type == model.NYDUS_CONFIG
+        kind = model.NYDUS_MANIFEST if nydus else ""
+        entries.append(msgspec.structs.replace(stored, platform=found.platform, artifact_type=kind))
+    return entries
 
 
 def _put_index(
-    index: Index, manifests: Sequence[Descriptor], name: str, writer: Sink, options: ConvertOptions
+    media_type: str,
+    annotations: dict[str, str] | None,
+    entries: Sequence[Descriptor],
+    name: str,
+    writer: Sink,
 ) -> Descriptor:
-    docker = index.media_type == model.DOCKER_INDEX and not options.oci
-    media_type = model.DOCKER_INDEX if docker else model.OCI_INDEX
-    written = Index(
-        schema_version=2, media_type=media_type, manifests=tuple(manifests), annotations=index.annotations
-    )
-    return writer.put_manifest(name, model.encode(written), media_type)
+    index = Index(schema_version=2, media_type=media_type, manifests=tuple(entries), annotations=annotations)
+    return writer.put_manifest(name, model.encode(index), media_type)

@@ -36,6 +36,9 @@ class Converted:
         tree: its file system, for the merge.
         meta: its ``blob.meta`` file, b"" for a layer without file data.
         duplicates: chunks that were found more than once.
+        bootstrap: sha256 (hex) of the bootstrap in the blob.
+        toc, toc_size: sha256 (hex) and size of the blob's table of contents.
+        reused: it was converted before.
     """
 
     digest: str
@@ -44,3 +47,7 @@ class Converted:
     meta: bytes
     duplicates: int
     seconds: float
+    bootstrap: str = ""
+    toc: str = ""
+    toc_size: int = 0
+    reused: bool = False

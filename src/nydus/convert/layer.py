@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 
@@ -85,7 +86,17 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
         stream.close()
     meta = result.blob_meta if job.options.fs_version == 6 else b""
     seconds = time.monotonic() - started
-    return Converted(digest, result.blob_size, result.tree, meta, result.duplicates, seconds)
+    return Converted(
+        digest,
+        result.blob_size,
+        result.tree,
+        meta,
+        result.duplicates,
+        seconds,
+        hashlib.sha256(result.bootstrap).hexdigest(),
+        result.toc_digest.hex() if result.toc_size else "",
+        result.toc_size,
+    )
 
 
 class _Counted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nydus.errors import ConfigError
 
@@ -21,6 +22,9 @@ class ConvertOptions:
         aligned_chunk: chunks are aligned to 4 KiB in the blob.
         prefetch: paths that a daemon fetches first.
         oci: Docker's media types become those of OCI.
+        merge_platform: the target is an index of the source image and the Nydus image.
+        with_referrer: the source manifest is the subject of the Nydus manifest.
+        record: folder that remembers converted layers (see :mod:`nydus.convert.reuse`); None for none.
         workers: processes that convert layers; 0 is one for each processor.
         attempts: how often a layer is tried when the network fails.
         retry_delay: seconds before the second attempt.
@@ -33,6 +37,9 @@ class ConvertOptions:
     aligned_chunk: bool = False
     prefetch: tuple[bytes, ...] = (b"/",)
     oci: bool = False
+    merge_platform: bool = False
+    with_referrer: bool = False
+    record: Path | None = None
     workers: int = 0
     attempts: int = 3
     retry_delay: float = 5.0

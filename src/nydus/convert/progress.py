@@ -18,6 +18,7 @@ class LayerProgress:
         downloaded: of ``size``.
         built: of the Nydus blob until now.
         uploaded: of ``built``.
+        reused: it was converted before, so nothing had to be done.
     """
 
     number: int
@@ -27,6 +28,7 @@ class LayerProgress:
     downloaded: int = 0
     built: int = 0
     uploaded: int = 0
+    reused: bool = False
 
 
 class Progress(Protocol):

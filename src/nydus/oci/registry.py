@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, urlencode, urlsplit
 
+import msgspec
 import urllib3
 
 from nydus.errors import BackendError
@@ -35,6 +36,15 @@ _MAX_LOCATIONS = 4096
 _MANIFEST_TIMEOUT = 60.0
 #: A blob stream that broke off is resumed; this much progress forgives the earlier failures.
 _PROGRESS = 1 << 20
+
+
+class _Referring(msgspec.Struct, rename="camel"):
+    """What a manifest says of its subject."""
+
+    subject: Descriptor | None = None
+    artifact_type: str = ""
+    config: Descriptor | None = None
+    annotations: dict[str, str] | None = None
 
 
 class Registry:
@@ -154,10 +164,14 @@ class Repository:
         return self.transport.attempt(ask)
 
     def put_manifest(self, reference: str, data: bytes, media_type: str) -> Descriptor:
-        """Stores a manifest or index under a tag or its digest; all it names must be there before."""
+        """Stores a manifest or index under a tag or its digest; all it names must be there before.
+
+        If it has a subject and the registry does not know the referrers API, the index that stands in for
+        it (tag ``sha256-<hex>``) is extended.
+        """
         described = model.describe(data, media_type)
 
-        def put() -> None:
+        def put() -> bool:
             path = f"{self.path}/manifests/{quote(reference, safe=':')}"
             headers = {"Content-Type": media_type}
             response = self.transport.request(
@@ -170,8 +184,29 @@ class Repository:
                     f"{self}: stored {reference} as {stored}, not {described.digest}", permanent=True
                 )
 
-        self.transport.attempt(put)
+            return "OCI-Subject" in response.headers
+
+        known = self.transport.attempt(put)
+        document = model.decode(data, _Referring, f"{self}:{reference}")
+        if document.subject and not known:
+            self._add_referrer(document, described)
         return described
+
+    def _add_referrer(self, document: _Referring, described: Descriptor) -> None:
+        assert document.subject
+        tag = document.subject.digest.replace(":", "-")
+        entries: tuple[Descriptor, ...] = ()
+        try:
+            entries = model.decode(self.manifest(tag)[1], model.Index, f"{self}:{tag}").manifests
+        except BackendError as error:
+            if error.status != 404:
+                raise
+        if any(entry.digest == described.digest for entry in entries):
+            return
+        kind = document.artifact_type or (document.config.media_type if document.config else "")
+        entry = msgspec.structs.replace(described, artifact_type=kind, annotations=document.annotations or {})
+        index = model.Index(schema_version=2, media_type=model.OCI_INDEX, manifests=(*entries, entry))
+        self.put_manifest(tag, model.encode(index), model.OCI_INDEX)
 
     def document(self, descriptor: Descriptor) -> bytes:
         """Fetches a small blob whole (an image config), at most 8 MiB."""

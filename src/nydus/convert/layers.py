@@ -1,0 +1,87 @@
+"""The layers of the images of one conversion: each taken over from earlier, or converted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from nydus.convert.job import Converted, Job
+from nydus.convert.options import ConvertOptions
+from nydus.convert.progress import LayerProgress, Progress
+from nydus.convert.reuse import Known, Record, known_of, take_over
+from nydus.convert.select import Image
+from nydus.convert.workers import Workers
+from nydus.oci.model import Descriptor
+from nydus.oci.place import RegistryPlace, SinkPlace, SourcePlace
+
+_AT_ONCE = 8
+
+
+def repository_of(place: SinkPlace | SourcePlace) -> str:
+    """``host/name`` of a registry place, "" for others."""
+    return place.reference.name if isinstance(place, RegistryPlace) else ""
+
+
+def convert_layers(
+    images: Sequence[Image],
+    source: SourcePlace,
+    target: SinkPlace,
+    options: ConvertOptions,
+    workers: Workers,
+    progress: Progress,
+    cached: Mapping[str, Known],
+) -> tuple[list[LayerProgress], dict[str, Converted]]:
+    """Has every distinct layer in the target.
+
+    Args:
+        cached: source digest -> layer of a build cache.
+
+    Returns:
+        How each layer went, and the converted layers by digest of their source layer.
+    """
+    distinct: dict[str, tuple[int, Descriptor]] = {}
+    for found in images:
+        for number, layer in enumerate(found.manifest.layers, 1):
+            distinct.setdefault(layer.digest, (number, layer))
+    states = [LayerProgress(number, layer.digest, layer.size) for number, layer in distinct.values()]
+    by_digest = {state.digest: state for state in states}
+    progress.layers(states)
+    record = Record(options.record, options) if options.record else None
+    blobs: dict[str, Converted] = {}
+
+    def finish(digest: str, converted: Converted) -> None:
+        state = by_digest[digest]
+        state.state, state.downloaded, state.reused = "done", state.size, converted.reused
+        state.built = state.uploaded = converted.size
+        blobs[digest] = converted
+        if record is not None:
+            record.add(digest, known_of(converted, repository_of(target)))
+        progress.changed(state)
+
+    known = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
+    _take_over({digest: found for digest, found in known.items() if found}, target, finish)
+
+    jobs = [
+        Job(n, layer, source, target, options) for n, layer in distinct.values() if layer.digest not in blobs
+    ]
+
+    def advance(position: int, read: int, built: int, sent: int) -> None:
+        state = by_digest[jobs[position].layer.digest]
+        state.state, state.downloaded, state.built, state.uploaded = "converting", read, built, sent
+        progress.changed(state)
+
+    workers.run(jobs, advance, lambda position, converted: finish(jobs[position].layer.digest, converted))
+    return states, blobs
+
+
+def _take_over(
+    known: Mapping[str, Known], target: SinkPlace, finish: Callable[[str, Converted], None]
+) -> None:
+    if not known:
+        return
+    reader, writer, repository = target.open(), target.open_sink(), repository_of(target)
+    with ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
+        found = pool.map(lambda each: take_over(each, reader, writer, repository), known.values())
+        for digest, converted in zip(known, found, strict=True):
+            if converted is not None:
+                finish(digest, converted)

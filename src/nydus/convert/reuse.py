@@ -1,0 +1,171 @@
+"""Layers that were converted before: found again by source layer and options, and taken over as they are.
+
+The record is a folder of small files, one for each layer and set of options. What it says is believed only as
+far as the target confirms it: the blob must be there, and the tables read from its end must have the recorded
+digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nydus import __version__
+from nydus.convert.options import ConvertOptions
+from nydus.errors import FormatError, NydusError
+from nydus.oci import model
+from nydus.oci.place import Sink, Source
+
+if TYPE_CHECKING:
+    from nydus.convert.job import Converted
+
+#: Changes whenever the builder gives other bytes for the same options.
+_FORMAT = 1
+_MOST = 4096
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A converted layer.
+
+    Attributes:
+        digest, size: of the blob.
+        bootstrap: sha256 (hex) of the bootstrap within it.
+        toc, toc_size: sha256 (hex) and size of its table of contents; "" and 0 without one.
+        repository: ``host/name`` where it was stored last.
+        source: digest of the layer it was made of.
+    """
+
+    digest: model.Digest
+    size: model.Size
+    bootstrap: str
+    toc: str = ""
+    toc_size: int = 0
+    repository: str = ""
+    source: str = ""
+
+
+def options_key(options: ConvertOptions) -> str:
+    """A name (hex) for all that the bytes of a blob depend on besides its source layer."""
+    parameters = (
+        _FORMAT,
+        __version__,
+        options.fs_version,
+        options.compressor,
+        options.chunk_size,
+        options.batch_size,
+        options.aligned_chunk,
+    )
+    # The prefetch table of a layer lies in its bootstrap, which is part of the blob.
+    prefetch = [path.decode("utf8", "surrogateescape") for path in options.prefetch]
+    text = repr((parameters, prefetch)).encode("utf8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def default_folder() -> Path:
+    """Where this user's record is (XDG_CACHE_HOME)."""
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pynydus" / "layers"
+
+
+class Record:
+    """The record of converted layers in a folder; a folder that cannot be used is an empty record."""
+
+    def __init__(self, folder: Path, options: ConvertOptions) -> None:
+        self._folder = folder / options_key(options)
+
+    def find(self, source_digest: str) -> Known | None:
+        """What a source layer became."""
+        try:
+            data = (self._folder / source_digest.partition(":")[2]).read_bytes()
+            known = msgspec.json.decode(data, type=Known)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return known if known.source == source_digest else None
+
+    def add(self, source_digest: str, known: Known) -> None:
+        """Notes a converted layer."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
+                file.write(msgspec.json.encode(msgspec.structs.replace(known, source=source_digest)))
+            Path(file.name).replace(self._folder / source_digest.partition(":")[2])
+            entries = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
+            for entry in entries[:-_MOST]:
+                entry.unlink(missing_ok=True)
+        except OSError:
+            pass  # it is only a help
+
+
+def take_over(known: Known, source: Source, sink: Sink, repository: str) -> Converted | None:
+    """Uses a blob that the target has, or can link from where it was stored last.
+
+    Args:
+        source, sink: the target, for reading and writing.
+        repository: ``host/name`` of the target, "" if it is no registry.
+
+    Returns:
+        None if it is not there, or is not what the record says.
+    """
+    host, _, _ = repository.partition("/")
+    other_host, _, other = known.repository.partition("/")
+    try:
+        if not sink.has_blob(known.digest):
+            elsewhere = repository and known.repository != repository and host == other_host
+            if not (elsewhere and sink.mount_blob(known.digest, other)):
+                return None
+        return read_back(known, source)
+    except NydusError:
+        return None
+
+
+def read_back(known: Known, source: Source) -> Converted:
+    """Reads what a merge needs of a layer from the end of its blob.
+
+    Raises:
+        FormatError: it is not what ``known`` says.
+        BackendError: it cannot be read.
+    """
+    from dataclasses import replace
+
+    from nydus import rafs
+    from nydus.build.layer import UNKNOWN_ID
+    from nydus.convert.job import Converted
+    from nydus.rafs import blobmeta, toc
+
+    where, name = f"blob {known.digest}", known.digest.partition(":")[2]
+
+    def read(offset: int, size: int) -> bytes:
+        if offset < 0 or offset + size > known.size:
+            raise FormatError("a table lies outside of the blob", where=where, offset=offset)
+        return source.read_range(known.digest, offset, size)
+
+    bootstrap = toc.extract_bootstrap(read, known.size, where)
+    if hashlib.sha256(bootstrap).hexdigest() != known.bootstrap:
+        raise FormatError("another bootstrap than was recorded", where=where)
+    tree = rafs.read(bootstrap, where)
+    tree.blobs = [replace(blob, id=name) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs]
+    meta = b""
+    if tree.version == 6 and len(tree.blobs) == 1:
+        checked = replace(tree.blobs[0], toc_digest=bytes.fromhex(known.toc), toc_size=known.toc_size)
+        chunks = blobmeta.load(checked, read, where, known.size)
+        meta = blobmeta.to_cache_file(chunks)
+    return Converted(
+        known.digest, known.size, tree, meta, 0, 0.0, known.bootstrap, known.toc, known.toc_size, True
+    )
+
+
+def known_of(converted: Converted, repository: str) -> Known:
+    """What to remember of a converted layer."""
+    return Known(
+        digest=converted.digest,
+        size=converted.size,
+        bootstrap=converted.bootstrap,
+        toc=converted.toc,
+        toc_size=converted.toc_size,
+        repository=repository,
+    )
