@@ -121,6 +121,10 @@ class Image:
         if self._backend is not None and self._owned:
             self._backend.close()
 
+    def with_tree(self, tree: Tree) -> Image:
+        """Another tree over the same source of blobs, which stays this image's to close."""
+        return Image(tree, self._backend, owned=False, stem=self._stem, threads=self._threads)
+
     @property
     def blobs(self) -> list[BlobInfo]:
         """The data blobs, in the order of the image's blob table."""
@@ -431,9 +435,12 @@ def open_backend(blobs: str | os.PathLike[str] | Backend | Mapping[str, Any]) ->
     if not isinstance(blobs, Mapping):
         return blobs, False
     section = blobs
-    for key in ("device", "backend"):
+    for key in ("config_v2", "device", "backend"):
         if isinstance(section.get(key), Mapping):
             section = section[key]
+    legacy = section.get("config")
+    if isinstance(legacy, Mapping) and "backend_type" in legacy:  # a blob cache entry
+        section = {"type": legacy["backend_type"], "config": legacy.get("backend_config")}
     kind = section.get("type")
     config = section.get("config", section.get(str(kind)))
     if not isinstance(kind, str) or not isinstance(config, Mapping):

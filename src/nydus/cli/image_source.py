@@ -123,6 +123,16 @@ def one_bootstrap(argument: str | None, option: str | None) -> str:
     return argument or option or ""
 
 
+def configured_bootstrap(config: str) -> str:
+    """The bootstrap that a blob cache entry names (``config.metadata_path``, nydusd.md 4)."""
+    document = _read_json(config)
+    for key in ("config", "config_v2"):
+        section = document.get(key)
+        if isinstance(section, Mapping) and isinstance(section.get("metadata_path"), str):
+            return str(section["metadata_path"])
+    raise ConfigError(f"{config}: 'config.metadata_path' is missing")
+
+
 def _read_json(path: str | None) -> Mapping[str, Any]:
     try:
         text = Path(path or "").read_text("utf-8")

@@ -122,6 +122,12 @@ class ChunkReader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def raw(self, blob: int, size: int) -> Iterator[bytes]:
+        """The first ``size`` stored bytes of a blob, as they are."""
+        name = self._tree.blobs[blob].id
+        for offset in range(0, size, _REQUEST):
+            yield self._read(name, offset, min(_REQUEST, size - offset))
+
     def _open(self, number: int) -> _Blob:
         with self._lock:
             blob = self._blobs.get(number)
@@ -132,7 +138,7 @@ class ChunkReader:
 
     def _chunk_map(self, number: int) -> ChunkMap:
         tree, info = self._tree, self._tree.blobs[number]
-        if tree.version == 5 or info.features & BlobFeature.TARFS:
+        if tree.version == 5 or info.features & BlobFeature.TARFS or not info.meta_uncompressed_size:
             return blobmeta.from_tree(tree, number)
         name = info.id
         if info.features & BlobFeature.SEPARATE:

@@ -1,0 +1,180 @@
+"""Exported disk images: mounted through a loop device, and verified by the kernel's own tool."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nydus
+from api.test_image import blobs_of, open_vector
+from build.test_archive import run
+from conformance.content import expected
+from nydus.build import verity
+from nydus.build.bootstrap import read_bytes
+from nydus.build.disk import write_disk
+from nydus.build.verity import Verity
+
+IMAGES = [
+    "v5-dir-zstd", "v5-dir-none", "v5-inline-meta", "v6-dir-zstd", "v6-dir-4k-chunks", "v6-dir-batch",
+    "v6-dir-encrypted", "v6-inline-meta", "v6-targz-ref", "v6-tarfs", "dict-v6", "merge-v6",
+]  # fmt: skip
+
+
+@contextmanager
+def loop_mounted(disk: Path, mountpoint: Path) -> Iterator[None]:
+    # The device is given back by the kernel when it is unmounted.
+    mountpoint.mkdir()
+    subprocess.run(["mount", "-t", "erofs", "-o", "loop,ro", disk, mountpoint], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", mountpoint], check=True)
+    assert str(disk) not in subprocess.run(["losetup", "-a"], capture_output=True, text=True).stdout
+
+
+def describe(root: Path) -> dict[str, dict[str, Any]]:
+    """The rows of ``expected.jsonl`` as the kernel shows them."""
+    found: dict[str, dict[str, Any]] = {}
+    inodes: dict[int, str] = {}
+    for directory, directories, files in os.walk(os.fsencode(root)):
+        for name in (*directories, *files):
+            full = os.path.join(directory, name)
+            path = os.fsdecode(full[len(os.fsencode(root)) :])
+            status = os.lstat(full)
+            row: dict[str, Any] = {
+                "path": path,
+                "mode": status.st_mode,
+                "uid": status.st_uid,
+                "gid": status.st_gid,
+                "mtime": int(status.st_mtime_ns // 10**9),
+            }
+            if not stat.S_ISDIR(status.st_mode):
+                row |= {"nlink": status.st_nlink, "size": status.st_size}
+                if status.st_nlink > 1:
+                    inodes[status.st_ino] = min(inodes.get(status.st_ino, path), path)
+                    row["link_of"] = status.st_ino
+            if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                row["rdev"] = [os.major(status.st_rdev), os.minor(status.st_rdev)]
+            if stat.S_ISLNK(status.st_mode):
+                row["target"] = os.fsdecode(os.readlink(full))  # noqa: PTH115
+            if stat.S_ISREG(status.st_mode):
+                with open(full, "rb") as file:
+                    row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            names = os.listxattr(full, follow_symlinks=False)
+            if names:
+                row["xattrs"] = {n: os.getxattr(full, n, follow_symlinks=False).hex() for n in names}
+            found[path] = row
+    for row in found.values():
+        if "link_of" in row:
+            row["link_of"] = inodes[row["link_of"]]
+    return found
+
+
+@pytest.mark.root
+@pytest.mark.vectors
+@pytest.mark.parametrize("name", IMAGES)
+def test_exported_vector_mounts(name: str, vectors: Path, tmp_path: Path) -> None:
+    folder = blobs_of(vectors, name, tmp_path)
+    bootstrap = vectors / name / "bootstrap"
+    if not bootstrap.exists():
+        (bootstrap,) = (vectors / name / "blobs").iterdir()
+    disk = tmp_path / "disk"
+    done = run("export", "--block", "-B", bootstrap, "-D", folder, "-O", disk, "--verity")
+    assert done.returncode == 0, done.stderr
+    line, end = done.stdout.split("\n")
+    assert line.startswith("dm-verity options: ") and end == ""
+    *options, blocks, _, offset, root = line.removeprefix("dm-verity options: ").replace('""', "-").split()
+    unit = 512 if name == "v6-tarfs" else 4096
+    assert f"--data-block-size={unit}" in options
+    assert int(offset) == -(-int(blocks) * unit // 4096) * 4096
+    assert len(root) == 64 and disk.stat().st_size > int(offset)
+    with loop_mounted(disk, tmp_path / "mnt"):
+        found = describe(tmp_path / "mnt")
+    rows = expected(vectors / name / "expected.jsonl")
+    del rows["/"]
+    assert found.keys() == rows.keys()
+    for path, row in rows.items():
+        assert found[path] == row
+
+
+@pytest.mark.vectors
+@pytest.mark.parametrize("name", ["v6-dir-zstd", "v6-tarfs"])
+def test_veritysetup_agrees(
+    name: str, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all but the filler of hash pages, which that tool wants to be zeros."""
+    if not shutil.which("veritysetup"):
+        pytest.skip("veritysetup is not installed")
+    monkeypatch.setattr(verity, "FILLER", bytes(32))
+    path = tmp_path / "disk"
+    with open_vector(vectors, name, tmp_path) as image, path.open("wb") as file:
+        disk = write_disk(image, file.write, bootstrap=image.bootstrap(), verity=True)
+    options = disk.verity_options().removeprefix("dm-verity options: ").replace('""', "-").split()
+    *options, root = options
+    command = ["veritysetup", "verify", *options, path, path, root]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    with path.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"?")
+    assert subprocess.run(command, capture_output=True).returncode != 0
+
+
+@pytest.mark.vectors
+def test_addresses_are_those_of_the_builder(vectors: Path, tmp_path: Path) -> None:
+    """The bootstrap goes out as it is; wrong addresses are put right."""
+    with open_vector(vectors, "merge-v6", tmp_path) as image:
+        boot = read_bytes(str(vectors / "merge-v6" / "bootstrap"))
+        out, again = bytearray(), bytearray()
+        disk = write_disk(image, out.extend, bootstrap=boot)
+        assert disk.size == len(out) and out.startswith(boot) and not disk.root_hash
+        wrong = bytearray(boot)
+        wrong[1408 + 68 : 1408 + 72] = bytes(4)
+        write_disk(image, again.extend, bootstrap=bytes(wrong))
+    assert again == out
+
+
+def test_hash_tree() -> None:
+    """Against the definition: every page of a level is hashed into the level above."""
+    data = os.urandom(4096 * 300)
+    hashed = Verity(4096)
+    for at in range(0, len(data), 10_000):
+        hashed.update(data[at : at + 10_000])
+    tree, root = hashed.tree()
+    assert hashed.blocks == 300 and len(tree) == 4096 * 4
+    filler = hashlib.sha256(bytes(4096)).digest()
+    leaves = [hashlib.sha256(data[at : at + 4096]).digest() for at in range(0, len(data), 4096)]
+    assert tree[4096:] == b"".join(leaves) + filler * (3 * 128 - 300)
+    above = [hashlib.sha256(tree[at : at + 4096]).digest() for at in (4096, 8192, 12288)]
+    assert tree[:4096] == b"".join(above) + filler * 125
+    assert root == hashlib.sha256(tree[:4096]).digest()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    (tmp_path / "rootfs").mkdir()
+    (tmp_path / "rootfs" / "file").write_bytes(b"x" * 10_000)
+    (tmp_path / "blobs").mkdir()
+    nydus.create(tmp_path / "rootfs", tmp_path / "blobs").save(tmp_path / "boot")
+    assert run("export", "-B", tmp_path / "boot", "-D", tmp_path / "blobs").returncode == 2
+    done = run("export", "--block", "-B", tmp_path / "boot", "-D", tmp_path / "blobs")
+    assert done.returncode == 0 and done.stdout == ""
+    made = tmp_path / "blobs" / "boot.disk"
+    config = tmp_path / "config"
+    config.write_text(
+        '{"type": "bootstrap", "id": "1", "config": {"id": "1", "backend_type": "localfs", "backend_config": '
+        f'{{"dir": "{tmp_path}/blobs"}}, "cache_type": "fscache", "metadata_path": "{tmp_path}/boot"}}}}'
+    )
+    assert run("export", "--block", "-C", config, "-O", tmp_path / "disk").returncode == 0
+    assert (tmp_path / "disk").read_bytes() == made.read_bytes()
+    (blob,) = [path for path in (tmp_path / "blobs").iterdir() if path != made]
+    blob.write_bytes(b"\xff" * blob.stat().st_size)
+    done = run("export", "--block", "-B", tmp_path / "boot", "-D", tmp_path / "blobs", "-O", tmp_path / "bad")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "bad").exists()
