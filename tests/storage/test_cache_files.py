@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import random
@@ -264,6 +265,86 @@ def test_bits_are_written_after_the_data(tmp_path: Path, blob: Blob, monkeypatch
     cache.flush()
     assert events == ["sync", "join"]
     assert bits(tmp_path, blob).all()
+
+
+def test_power_cut(tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers and a flusher at work; then all data not synced are lost, but the chunk map is kept."""
+    unsynced: list[tuple[int, bytes]] = []
+    durable = bytearray(len(blob.image))
+    lock = threading.Lock()
+    write, sync = Store.write, Store.sync
+
+    def logged_write(self: Store, offset: int, buffers: list[bytes]) -> None:
+        write(self, offset, buffers)
+        with lock:
+            unsynced.append((offset, b"".join(buffers)))
+
+    def logged_sync(self: Store) -> None:
+        with lock:
+            written = list(unsynced)
+            unsynced.clear()
+        sync(self)
+        for offset, data in written:
+            durable[offset : offset + len(data)] = data
+
+    monkeypatch.setattr(Store, "write", logged_write)
+    monkeypatch.setattr(Store, "sync", logged_sync)
+    lost = 0
+    for turn in range(20):
+        work = tmp_path / str(turn)
+        durable[:] = bytes(len(durable))
+        unsynced.clear()
+        cache = cache_of(work, blob, FaultyBackend(blob), amplify=0)
+        stop = threading.Event()
+
+        def flush(cache: BlobCache = cache, stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                cache.flush()
+
+        flusher = threading.Thread(target=flush)
+        flusher.start()
+        rng = random.Random(turn)
+        for _ in range(rng.randrange(1, 30)):
+            read(cache, rng.randrange(cache.length), rng.randrange(1, 50000))
+        kept = map_file(work, blob).read_bytes()
+        image = bytes(durable)
+        stop.set()
+        flusher.join()
+        assert kept[:4] == b"PAMB"
+        found = np.unpackbits(np.frombuffer(kept[4096:], np.uint8), count=len(SIZES))
+        for row in np.flatnonzero(found):
+            offset, size = blob.ranges()[row]
+            assert image[offset : offset + size] == blob.image[offset : offset + size]
+        lost += len(SIZES) - int(found.sum())
+        data_file(work, blob).write_bytes(image)
+        map_file(work, blob).write_bytes(kept)
+        again = cache_of(work, blob, FaultyBackend(blob))
+        assert read(again, 0, again.length) == blob.image
+    assert lost
+
+
+def test_a_stopped_process_does_not_block_us_for_ever(
+    tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nydus.storage.store._LOCK_SECONDS", 0.1)
+    fill(tmp_path, blob, 1)
+    with map_file(tmp_path, blob).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+        with pytest.raises(Exception, match="locked by another process"):
+            cache.read(0, 1)
+    assert read(cache, 0, cache.length) == blob.image
+
+
+def test_a_blob_without_chunks(tmp_path: Path) -> None:
+    blob = make_blob([])
+    for _ in range(2):
+        cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+        assert cache.length == 0
+        assert cache.read(0, 4096) == []
+        assert cache.complete
+        assert cache.verified_file()
+        cache.close()
 
 
 def test_a_failed_sync_is_not_recorded(tmp_path: Path, blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_units_of_contexts() -> None:
     chunks = gzip_chunks(zran, b"", [(2, 0, b"a"), (0, 0, b"b"), (2, 5, b"c"), (1, 0, b"d")])
     decoder = Decoder(chunks)
     assert decoder.unit_of.tolist() == [0, 1, 0, 2]
-    assert [decoder.rows(unit).tolist() for unit in range(3)] == [[0, 2], [1], [3]]
+    assert [decoder.rows(unit) for unit in range(3)] == [[0, 2], [1], [3]]
     assert decoder.offset.tolist() == [10, 100, 50]
     assert decoder.size.tolist() == [7, 9, 8]
     assert decoder.memory.tolist() == [1000] * 3

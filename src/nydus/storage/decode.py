@@ -16,6 +16,12 @@ from nydus.rafs import codec
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import ChunkFlag, Cipher, Compression
 
+# Plain integers: operators of flag enumerations cost more than the work between them.
+_COMPRESSED, _ENCRYPTED = int(ChunkFlag.COMPRESSED), int(ChunkFlag.ENCRYPTED)
+_BATCH, _ZRAN = int(ChunkFlag.BATCH), int(ChunkFlag.ZRAN)
+#: How a chunk is verified.
+_NOTHING, _CRC, _DIGEST = 0, 1, 2
+
 #: Upper bound of the stored and of the decoded size of a unit; real ones stay below 20 MiB.
 MAX_UNIT = 64 << 20
 
@@ -52,21 +58,22 @@ class Decoder:
         self._digester = chunks.blob.digester
         self._digests: npt.NDArray[np.uint8] | None = chunks.digests
         self._make_units()
-        checked = (chunks.flags & ChunkFlag.HAS_CRC) != 0
+        proof = np.where(chunks.flags & int(ChunkFlag.HAS_CRC), _CRC, _NOTHING)
         if self._digests is not None:
-            checked = checked | self._digests.any(axis=1)
-        self.verifiable: npt.NDArray[np.bool_] = checked
+            proof[self._digests.any(axis=1)] = _DIGEST
+        self._proof = bytearray(proof.astype(np.uint8).tobytes())
+        self.verifiable: npt.NDArray[np.bool_] = proof != _NOTHING
 
     def _make_units(self) -> None:
         chunks = self._chunks
         count = len(chunks)
         rows = np.arange(count, dtype=np.int64)
-        batched = (chunks.flags & ChunkFlag.BATCH) != 0
-        gzip = (chunks.flags & ChunkFlag.ZRAN) != 0
+        batched = (chunks.flags & _BATCH) != 0
+        gzip = (chunks.flags & _ZRAN) != 0
         self._grouped: npt.NDArray[np.bool_] = batched | gzip
-        if not self._grouped.any():
-            self.unit_of, self._rows = rows, rows
-            self._first = np.arange(count + 1, dtype=np.int64)
+        self._mixed = bool(self._grouped.any())
+        if not self._mixed:
+            self.unit_of = rows
             self._set_sizes(rows)
             return
         # All chunks of one context are one unit, under the number of its first chunk.
@@ -86,8 +93,8 @@ class Decoder:
         self.offset = chunks.coffset[heads].astype(np.int64)
         self.size = chunks.csize[heads].astype(np.int64)
         self.memory = chunks.usize[heads].astype(np.int64)
-        batched = (chunks.flags[heads] & ChunkFlag.BATCH) != 0
-        gzip = (chunks.flags[heads] & ChunkFlag.ZRAN) != 0
+        batched = (chunks.flags[heads] & _BATCH) != 0
+        gzip = (chunks.flags[heads] & _ZRAN) != 0
         contexts = chunks.context[heads]
         if batched.any():
             entries = chunks.batch[contexts[batched]]
@@ -107,11 +114,15 @@ class Decoder:
         if self._digests is None:
             self._digests = self._chunks.digests = np.zeros_like(digests)
         self._digests[rows] = digests[rows]
+        np.frombuffer(self._proof, np.uint8)[rows] = _DIGEST
         self.verifiable |= rows
 
-    def rows(self, unit: int) -> npt.NDArray[np.int64]:
+    def rows(self, unit: int) -> list[int]:
         """The chunks of a unit."""
-        return self._rows[self._first[unit] : self._first[unit + 1]]
+        if not self._mixed:
+            return [unit]
+        rows: list[int] = self._rows[self._first[unit] : self._first[unit + 1]].tolist()
+        return rows
 
     def decode(self, unit: int, stored: memoryview) -> list[tuple[int, bytes | memoryview]]:
         """The verified chunks of a unit, as (chunk, bytes).
@@ -119,14 +130,14 @@ class Decoder:
         Raises:
             FormatError: the stored bytes cannot be decoded, or a chunk has not the digest it should have.
         """
-        rows = self._rows[self._first[unit] : self._first[unit + 1]].tolist()
+        rows = self.rows(unit)
         head = rows[0]
-        if not self._grouped[head]:
+        if not self._mixed or not self._grouped[head]:
             data = self._plain(head, stored)
             self.check(head, data)
             return [(head, data)]
         context = int(self._chunks.context[head])
-        gzip = int(self._chunks.flags[head]) & ChunkFlag.ZRAN
+        gzip = int(self._chunks.flags[head]) & _ZRAN
         buffer = memoryview(
             self._inflate(context, stored) if gzip else self._batch(head, context, stored),
         )
@@ -142,7 +153,7 @@ class Decoder:
 
     def _plain(self, row: int, stored: memoryview) -> bytes:
         flags = int(self._chunks.flags[row])
-        kind = self._kind if flags & ChunkFlag.COMPRESSED else Compression.NONE
+        kind = self._kind if flags & _COMPRESSED else Compression.NONE
         return codec.decompress(kind, self._decrypted(flags, stored), int(self._chunks.usize[row]))
 
     def _batch(self, row: int, context: int, stored: memoryview) -> bytes:
@@ -153,7 +164,7 @@ class Decoder:
         return codec.decompress(Compression.NONE if len(data) == size else self._kind, data, size)
 
     def _decrypted(self, flags: int, stored: memoryview) -> bytes | memoryview:
-        if flags & ChunkFlag.ENCRYPTED and self._chunks.blob.cipher != Cipher.NONE:
+        if flags & _ENCRYPTED and self._chunks.blob.cipher != Cipher.NONE:
             return codec.xts_decrypt(self._chunks.blob.key, self._chunks.blob.iv, stored)
         return stored
 
@@ -177,10 +188,12 @@ class Decoder:
         """Require that these are the bytes of a chunk; always true for one that is not verifiable."""
         if len(data) != int(self._chunks.usize[row]):
             raise FormatError(f"chunk {row} has the wrong length", where=self._where, found=len(data))
-        if self._digests is not None and self._digests[row].any():
+        proof = self._proof[row]
+        if proof == _DIGEST:
+            assert self._digests is not None
             if codec.digest(self._digester, data) != self._digests[row].tobytes():
                 raise FormatError(f"chunk {row} has the wrong digest", where=self._where)
-        elif self._chunks.flags[row] & ChunkFlag.HAS_CRC and codec.crc32c(data) != int(self._chunks.crc[row]):
+        elif proof == _CRC and codec.crc32c(data) != int(self._chunks.crc[row]):
             raise FormatError(f"chunk {row} has the wrong checksum", where=self._where)
 
 
