@@ -17,6 +17,8 @@ _Z_BLOCK = 5
 _Z_OK, _Z_STREAM_END, _Z_BUF_ERROR = 0, 1, -5
 _AT_BLOCK, _LAST_BLOCK = 128, 64
 WINDOW = 32768
+#: Plain bytes kept besides the window.
+_BUFFER = 4 << 20
 #: A gzip header with a name or comment beyond this is refused.
 _MAX_HEADER = 1 << 16
 
@@ -69,18 +71,6 @@ class Boundary:
     out_offset: int
     bits: int = 0
     previous: int = 0
-    #: Plain bytes before it, oldest first; the last piece may reach beyond it.
-    pieces: tuple[tuple[int, bytearray], ...] = ()
-
-    def dictionary(self) -> bytes:
-        """The up to 32768 plain bytes before the boundary, as far as they are of the same member."""
-        parts = []
-        for start, piece in self.pieces:
-            low = max(0, self.out_offset - WINDOW - start)
-            high = self.out_offset - start
-            if low < min(high, len(piece)):
-                parts.append(piece[low:high])
-        return b"".join(parts)
 
 
 class GzipWindow:
@@ -98,26 +88,32 @@ class GzipWindow:
     """
 
     def __init__(self, pieces: Iterator[bytes], where: str = "") -> None:
+        from isal import isal_zlib
+
         self.where = where
         self.position = 0
         self._pieces = pieces
         self._input = b""
         self._base = 0  # position of the input in the stored stream
-        self._address = 0
         self._skipped = 0
-        self._ahead: memoryview | None = None
+        self._ahead = 0  # bytes read by at_end() and not yet taken
         self._ended = False
-        self._history: list[tuple[int, bytearray]] = []
+        # Plain bytes, at least the last 32 KiB of them: buffer[0] is plain byte number _start.
+        self._buffer = bytearray(WINDOW + _BUFFER)
+        self._start = 0
+        self._dictionary: bytes | None = None
         self._out = 0
         self._member = -1
         self._member_start = 0
         self._crc = 0
         self._stream = _Stream()
         self._reference = ctypes.byref(self._stream)
+        self._crc32 = isal_zlib.crc32
         self._library = _libz()
         library = self._library
         if library.inflateInit2_(self._reference, -15, library.zlibVersion(), ctypes.sizeof(_Stream)):
             raise NydusError("zlib cannot be initialized")
+        self._use_buffer(self._buffer)
         self._next_member()
 
     @property
@@ -128,113 +124,135 @@ class GzipWindow:
         if hasattr(self, "_library"):
             self._library.inflateEnd(self._reference)
 
+    def dictionary(self) -> bytes:
+        """The up to 32768 plain bytes before :attr:`boundary`, as far as they are of the same member."""
+        if self._dictionary is None:
+            end = self.boundary.out_offset - self._start
+            low = max(self._member_start - self._start, end - WINDOW)
+            self._dictionary = bytes(self._view[low:end])
+        return self._dictionary
+
     def take(self, size: int) -> memoryview:
-        """Exactly the next ``size`` bytes."""
-        self._settle()
-        if self._ahead is not None:
-            if size > len(self._ahead):
-                more = self._inflate(size - len(self._ahead))
-                found = memoryview(b"".join((self._ahead, more)))
-                self._ahead = None
-            else:
-                found, rest = self._ahead[:size], self._ahead[size:]
-                self._ahead = rest if len(rest) else None
+        """Exactly the next ``size`` bytes, as a view that the next call may overwrite."""
+        if self._skipped:
+            self.settle()
+        if self._ahead:
+            # The header that at_end() has read is just before what follows.
+            ahead, self._ahead = self._ahead, 0
+            if size < ahead:
+                self._ahead = ahead - size
+            elif size > ahead:
+                self._inflate(size - ahead, keep=ahead)
         else:
-            found = memoryview(self._inflate(size))
-        if len(found) < size:
-            raise FormatError(
-                "the stream ends too early", where=self.where, offset=self.position + len(found)
-            )
+            self._inflate(size)
+            ahead = 0
+        end = self._out - self._start - self._ahead
+        if self._out - self._ahead - self.position < size:
+            raise FormatError("the stream ends too early", where=self.where, offset=self._out)
         self.position += size
-        return found
+        return self._view[end - size : end]
 
     def skip(self, size: int) -> None:
         """Pass over bytes; the work is done together with what is read next."""
-        if self._ahead is not None:
-            step = min(size, len(self._ahead))
+        if self._ahead:
+            step = min(size, self._ahead)
             self.take(step)
             size -= step
         self._skipped += size
         self.position += size
-        while self._skipped > WINDOW:
-            self._pass(WINDOW)
-
-    def at_end(self) -> bool:
-        """Whether fewer than 512 bytes, a tar header, are left."""
-        if self._ahead is None:
-            self._settle()
-            self._ahead = memoryview(self._inflate(512))
-        return len(self._ahead) == 0
-
-    def drain(self) -> None:
-        """Read the stored stream to its end without inflating what nobody needs."""
-        for piece in self._pieces:
-            self._base += len(piece)
+        if self._skipped > WINDOW:
+            self.settle()
 
     def settle(self) -> None:
         """Inflate up to :attr:`position`, so that :attr:`consumed` and :attr:`boundary` are of there."""
-        self._settle()
-
-    def _settle(self) -> None:
         while self._skipped:
-            self._pass(min(self._skipped, WINDOW))
+            step = min(self._skipped, WINDOW)
+            before = self._out
+            self._inflate(step)
+            if self._out - before < step:
+                raise FormatError("the stream ends too early", where=self.where, offset=self._out)
+            self._skipped -= step
 
-    def _pass(self, size: int) -> None:
-        if len(self._inflate(size)) < size:
-            raise FormatError("the stream ends too early", where=self.where, offset=self.position)
-        self._skipped -= size
+    def at_end(self) -> bool:
+        """Whether nothing is left; reads the next 512 bytes, a tar header, to know."""
+        if not self._ahead:
+            step = self._skipped
+            if step > WINDOW:
+                self.settle()
+                step = 0
+            before = self._out
+            self._inflate(step + 512)
+            if self._out - before < step:
+                raise FormatError("the stream ends too early", where=self.where, offset=self._out)
+            self._skipped = 0
+            self._ahead = self._out - before - step
+        return not self._ahead
 
-    def _inflate(self, size: int) -> bytearray:
-        """The next ``size`` bytes, fewer at the end of the stream."""
-        piece = bytearray(size)
+    def drain(self) -> None:
+        """Read to the end, so that every checksum has been compared and the whole layer was seen."""
+        self.settle()
+        while not self._ended:
+            self._inflate(WINDOW)
+        for piece in self._pieces:
+            self._base += len(piece)
+
+    def _use_buffer(self, buffer: bytearray) -> None:
+        self._buffer = buffer
+        self._view = memoryview(buffer)
+        self._memory = ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+
+    def _make_room(self, size: int, keep: int) -> None:
+        """Move the window to the front of the buffer, and get a larger one for a larger chunk."""
+        self.dictionary()
+        keep = max(WINDOW, keep)
+        used = self._out - self._start
+        tail = bytes(self._view[max(0, used - keep) : used])
+        if len(self._buffer) < keep + size:
+            self._use_buffer(bytearray(keep + size))
+        self._view[: len(tail)] = tail
+        self._start = self._out - len(tail)
+
+    def _inflate(self, size: int, keep: int = 0) -> None:
+        """Append ``size`` bytes to the buffer, fewer at the end of the stream; leave ``keep`` before them."""
         if not size or self._ended:
-            return piece[:0]
-        start = self._out
-        self._history.append((start, piece))
-        stream, library = self._stream, self._library
-        holder = (ctypes.c_char * size).from_buffer(piece)
-        address = ctypes.addressof(holder)
-        stream.next_out, stream.avail_out = address, size
-        checked = 0
-        while stream.avail_out:
+            return
+        if self._out - self._start + size > len(self._buffer):
+            self._make_room(size, keep)
+        stream, inflate, reference = self._stream, self._library.inflate, self._reference
+        begin = self._out
+        end = begin + size
+        stream.next_out = self._memory + begin - self._start
+        stream.avail_out = left = size
+        checked = begin
+        while left:
             if not stream.avail_in and not self._refill():
                 raise FormatError(
                     "the gzip stream ends inside a member", where=self.where, offset=self.consumed
                 )
-            code = library.inflate(self._reference, _Z_BLOCK)
-            self._out = start + size - stream.avail_out
+            code = inflate(reference, _Z_BLOCK)
+            left = stream.avail_out
+            self._out = end - left
             if code == _Z_STREAM_END:
-                self._check(piece, checked, size - stream.avail_out)
-                checked = size - stream.avail_out
+                self._check(checked)
+                checked = self._out
                 self._trailer()
                 if not self._next_member():
                     break
-                self._history = [(start, piece)]
-                stream.next_out = address + checked
-                stream.avail_out = size - checked
-            elif code not in (_Z_OK, _Z_BUF_ERROR):
-                reason = stream.msg.decode() if stream.msg else f"zlib error {code}"
-                raise FormatError(f"not a gzip stream: {reason}", where=self.where, offset=self.consumed)
+                stream.next_out, stream.avail_out = self._memory + checked - self._start, left
+            elif code:
+                if code != _Z_BUF_ERROR:
+                    reason = stream.msg.decode() if stream.msg else f"zlib error {code}"
+                    raise FormatError(f"not a gzip stream: {reason}", where=self.where, offset=self.consumed)
             elif stream.data_type & _AT_BLOCK and not stream.data_type & _LAST_BLOCK:
                 self._note_boundary(stream.data_type & 7)
-        done = size - stream.avail_out
-        self._check(piece, checked, done)
-        del holder
-        while len(self._history) > 1 and self._history[1][0] <= self._out - 2 * WINDOW:
-            del self._history[0]
-        return piece if done == size else piece[:done]
+        self._check(checked)
 
     def _note_boundary(self, bits: int) -> None:
         used = len(self._input) - self._stream.avail_in
         # The byte of pending bits was consumed, from this piece of input or the one before.
         previous = (self._input[used - 1] if used else self._last_byte) if bits else 0
-        oldest = max(self._member_start, self._out - WINDOW)
-        pieces = tuple(
-            (start, piece)
-            for start, piece in self._history
-            if start + len(piece) > oldest and start < self._out
-        )
-        self.boundary = Boundary(self._member, self._base + used, self._out, bits, previous, pieces)
+        self.boundary = Boundary(self._member, self._base + used, self._out, bits, previous)
+        self._dictionary = None
 
     _last_byte = 0
 
@@ -251,11 +269,10 @@ class GzipWindow:
         self._stream.next_in, self._stream.avail_in = address, len(piece)
         return True
 
-    def _check(self, piece: bytearray, start: int, end: int) -> None:
-        if start < end:
-            from isal import isal_zlib
-
-            self._crc = isal_zlib.crc32(memoryview(piece)[start:end], self._crc)
+    def _check(self, start: int) -> None:
+        """Take the bytes from plain position ``start`` into the checksum."""
+        if start < self._out:
+            self._crc = self._crc32(self._view[start - self._start : self._out - self._start], self._crc)
 
     def _byte(self) -> int | None:
         """The next stored byte, outside of deflate data."""
@@ -316,4 +333,5 @@ class GzipWindow:
         self._member_start = self._out
         self._crc = 0
         self.boundary = Boundary(self._member, self.consumed, self._out)
+        self._dictionary = b""
         return True

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from nydus.build.blob import BATCH_COUNT, BATCH_SIZE, MAX_CHUNKS, HashingSink, Piece, Sink
-from nydus.build.inflate import Boundary, GzipWindow
+from nydus.build.inflate import GzipWindow
 from nydus.build.layer import (
     BuildOptions,
     LayerResult,
@@ -160,8 +160,8 @@ class _Index:
             if zipped is not None:
                 zipped.settle()
                 before = zipped.consumed
-                self._enter(zipped.boundary, before, position)
-                piece = zipped.take(length)
+                self._enter(zipped, before, position)
+                piece: Piece = bytes(zipped.take(length))
                 used = zipped.consumed - before
                 context = self._contexts[-1]
                 context[3] = zipped.consumed - context[0]
@@ -188,15 +188,16 @@ class _Index:
                 self._digest()
         return first, len(self._usize) - first
 
-    def _enter(self, boundary: Boundary, consumed: int, position: int) -> None:
+    def _enter(self, window: GzipWindow, consumed: int, position: int) -> None:
         """Start a new context if the next chunk is too far into the current one."""
+        boundary = window.boundary
         if self._contexts and boundary.member == self._member:
             start_in, start_out = self._contexts[-1][:2]
             if boundary.out_offset <= start_out or (
                 consumed - start_in < _CONTEXT_IN and position - start_out + self._chunk_size < _CONTEXT_OUT
             ):
                 return
-        dictionary = boundary.dictionary()
+        dictionary = window.dictionary()
         self._contexts.append(
             [
                 boundary.in_offset,
