@@ -31,13 +31,29 @@ _NO_LIMIT = 300.0
 class _Way:
     """One way to the blobs: through the proxy, to a mirror, or to the registry itself."""
 
-    def __init__(self, name: str, registry: Registry, repository: str, pause: float, failures: int) -> None:
+    def __init__(
+        self, name: str, connect: Callable[[], Registry], repository: str, pause: float, failures: int
+    ) -> None:
         self.name = name
-        self.registry = registry
-        self.repository: Repository = registry.repository(repository)
+        self._connect, self._repository_name = connect, repository
+        self._lock = threading.Lock()
+        self._repository: Repository | None = None
         self._pause, self._limit = pause, failures
         self._failures = 0
         self._resting_until = 0.0
+
+    @property
+    def repository(self) -> Repository:
+        """Made when it is first used: reading the system's certificates takes longer than a mount."""
+        with self._lock:
+            if self._repository is None:
+                self._repository = self._connect().repository(self._repository_name)
+            return self._repository
+
+    def close(self) -> None:
+        with self._lock:
+            if self._repository is not None:
+                self._repository.registry.close()
 
     @property
     def usable(self) -> bool:
@@ -58,7 +74,8 @@ class RegistryBackend(MeteredBackend):
     """Reads blobs by range: through the proxy and the mirrors in order, at last from the registry itself.
 
     A proxy or mirror that fails in whatever way is passed over for this request, and after repeated failures
-    for its check interval. Without ``proxy.fallback`` only the proxy is asked.
+    for its check interval. Without ``proxy.fallback`` only the proxy is asked. Mirrors that ask for it get the
+    same credentials as the registry.
 
     Raises:
         ConfigError: an unusable value; the text names the key.
@@ -88,8 +105,8 @@ class RegistryBackend(MeteredBackend):
 
         def registry(
             host: str, plain_http: bool, proxy: str = "", headers: dict[str, str] | None = None
-        ) -> Registry:
-            return Registry(
+        ) -> Callable[[], Registry]:
+            return lambda: Registry(
                 host,
                 plain_http=plain_http,
                 skip_verify=config.skip_verify,
@@ -132,7 +149,7 @@ class RegistryBackend(MeteredBackend):
         with self._lock:
             old, self._ways = self._ways, ways
         for way in old:
-            way.registry.close()
+            way.close()
 
     def _each(self, blob_id: str, ask: Callable[[Repository, str], T]) -> T:
         if not _BLOB_ID.fullmatch(blob_id):
@@ -161,7 +178,7 @@ class RegistryBackend(MeteredBackend):
     def close(self) -> None:
         self._closed = True
         for way in self._ways:
-            way.registry.close()
+            way.close()
 
 
 def _credentials(auth: str | None, token: str | None) -> Credentials | None:
