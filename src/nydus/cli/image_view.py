@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nydus.image import Image
     from nydus.rafs.model import Array, BlobFeature, Super, SuperFlag, Tree
 
 log = logging.getLogger("nydus.image")
@@ -95,6 +96,19 @@ def view_of(path: str, data: bytes) -> View:
         tree = rafs.read(data, path)
         numbers = tree.nodes["link"] + 1
     return View(path, data, head, bootstrap.name_blobs(tree, path), numbers)
+
+
+def complete_chunks(image: Image) -> Array:
+    """The chunks of a tree with what only the blobs know of them (stored places of batched chunks)."""
+    from nydus.image import chunk_records
+
+    chunks = image.tree.chunks.copy()
+    for index in range(len(image.blobs)):
+        mine = chunks["blob_index"] == index
+        records = chunk_records(image, index)[chunks["index"][mine]]
+        for column in ("coffset", "csize", "flags", "crc", "digest"):
+            chunks[column][mine] = records[column]
+    return chunks
 
 
 def quoted(raw: bytes) -> str:
