@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 
-from nydus.demo.containerd import PrivateContainerd, push_pause_image
+from nydus.demo.containerd import PrivateContainerd, PrivateSnapshotter, push_pause_image
 from nydus.demo.cri import Container, Pod
 from nydus.oci.registry import Registry
 from nydus.oci.server import RegistryServer
@@ -27,15 +26,14 @@ class Node:
         self.mode = mode
         # pytest's own directories are too deep for sockets; a directory on the same disk is not.
         self.directory = Path(tempfile.mkdtemp(prefix="node-"))
-        self.root, self.socket = self.directory / "s", self.directory / "s.sock"
-        self.log = self.directory / "snapshotter.log"
+        self.root = self.directory / "s"
+        self.snapshotter = PrivateSnapshotter(self.root, "--daemon-mode", mode)
         self.server = RegistryServer(self.directory / "registry")
         self.host = self.server.host
         self.containerd = PrivateContainerd(
-            self.directory / "c", self.socket, sandbox_image=f"{self.host}/pause:latest"
+            self.directory / "c", self.snapshotter.address, sandbox_image=f"{self.host}/pause:latest"
         )
         self.cri = self.containerd.cri
-        self._process: subprocess.Popen[bytes] | None = None
         self._connected = False
 
     def __enter__(self) -> Node:
@@ -52,8 +50,7 @@ class Node:
     ) -> None:
         try:
             self.containerd.close()
-            self._end_daemons()
-            self.stop_snapshotter()
+            self.snapshotter.close()
             left = [str(path) for path in mounts_below(self.directory)]
             running = self.processes()
         finally:
@@ -65,39 +62,18 @@ class Node:
 
     # The snapshotter
 
-    def start_snapshotter(self, *options: str) -> None:
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", "from nydus.cli.containerd_nydus_grpc import main; main()"),
-                    *("--root", str(self.root), "--address", str(self.socket), "--daemon-mode", self.mode),
-                    *("--log-to-stdout", *options),
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        offset = self.log.stat().st_size
-        end = time.monotonic() + 20
-        while b"serving on" not in self.log.read_bytes()[offset:]:
-            assert self._process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
+    def start_snapshotter(self) -> None:
+        self.snapshotter.start()
         # containerd tries to connect again only now and then.
+        end = time.monotonic() + 20
         while self._connected and self.containerd.ctr(*LIST, check=False).returncode:
             assert time.monotonic() < end, "containerd does not come back to the snapshotter"
             time.sleep(0.1)
 
-    def stop_snapshotter(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            assert self._process.wait(20) == 0, self.log.read_text()
-            self._process = None
-
     def kill_snapshotter(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        self._process = None
+        assert self.snapshotter.process is not None
+        self.snapshotter.process.kill()
+        self.snapshotter.process.wait()
 
     # Images and containers
 
@@ -166,14 +142,6 @@ class Node:
             for path in self.root.rglob("*")
             if not path.is_dir() and not path.name.startswith("metadata.db") and path.name != "lock"
         }
-
-    def _end_daemons(self) -> None:
-        """Have the snapshotter drop what a failed test left."""
-        from nydus.snapshotter.daemons import Daemon
-
-        for path in self.daemon_sockets():
-            name = path.parent.name
-            Daemon(path, self.root / "mnt" / name, self.root / "logs" / name / "nydusd.log").stop()
 
 
 def missing() -> list[str]:

@@ -86,7 +86,7 @@ def test_a_killed_snapshotter_is_not_missed(node: Node, images: dict[str, str]) 
 
 def test_an_orderly_restart_keeps_containers(node: Node, images: dict[str, str]) -> None:
     _, container = node.start(images["v6-lz4"])
-    node.stop_snapshotter()
+    node.snapshotter.stop()
     node.start_snapshotter()
     assert container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256")[0] == 0
 

@@ -94,3 +94,7 @@ def containerd_nydus_grpc(
 
 def main() -> None:
     run(containerd_nydus_grpc, "containerd-nydus-grpc")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from contextlib import suppress
@@ -19,7 +20,7 @@ from types import TracebackType
 from nydus.demo.cri import Cri, CriError
 from nydus.errors import NydusError
 from nydus.oci.registry import Repository
-from nydus.snapshotter.daemons import detach
+from nydus.snapshotter.daemons import Daemon, detach
 
 _CONFIG = """\
 version = 2
@@ -50,6 +51,77 @@ _PLUGIN = """
   type = "snapshot"
   address = "{snapshotter_address}"
 """
+
+
+class PrivateSnapshotter:
+    """Our snapshotter as a process: a context manager that leaves no daemon and no mount behind.
+
+    Args:
+        root: its root; missing or empty, with a short path.
+        options: more of its command line.
+    """
+
+    def __init__(self, root: Path, *options: str) -> None:
+        self.root, self.options = root, options
+        self.address = root.with_name(root.name + ".sock")
+        self.log_file = root.with_name(root.name + ".log")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> PrivateSnapshotter:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start it and wait until it serves.
+
+        Raises:
+            NydusError: it ended, or does not serve in time; the text has its last line.
+        """
+        with open(self.log_file, "ab") as log:
+            said = log.tell()
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "nydus.cli.containerd_nydus_grpc"),
+                    *("--root", str(self.root), "--address", str(self.address), "--log-to-stdout"),
+                    *self.options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        end = time.monotonic() + 30
+        while b"serving on" not in self.log_file.read_bytes()[said:]:
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise NydusError(f"the snapshotter does not serve: {_last_line(self.log_file)}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End the process in order; daemons and their mounts stay."""
+        _end(self.process)
+        self.process = None
+
+    def daemons(self) -> list[Daemon]:
+        """The daemons that are there."""
+        return [
+            Daemon(
+                path,
+                self.root / "mnt" / path.parent.name,
+                self.root / "logs" / path.parent.name / "nydusd.log",
+            )
+            for path in sorted(self.root.glob("socket/*/api.sock"))
+        ]
+
+    def close(self) -> None:
+        """End it and everything it started."""
+        self.stop()
+        for daemon in self.daemons():
+            daemon.stop()
+        detach(self.root)
 
 
 class PrivateContainerd:
@@ -112,7 +184,7 @@ class PrivateContainerd:
                 return
             except CriError:
                 if self._process.poll() is not None or time.monotonic() > end:
-                    raise NydusError(f"containerd does not serve: {self._last_words()}") from None
+                    raise NydusError(f"containerd does not serve: {_last_line(self.log_file)}") from None
                 time.sleep(0.05)
 
     def ctr(
@@ -137,14 +209,8 @@ class PrivateContainerd:
 
     def stop(self) -> None:
         """Stop the process; containers go on."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        _end(self._process)
+        self._process = None
 
     def close(self) -> None:
         """Remove all pods, stop it, end its shims and unmount what is left below its root."""
@@ -168,9 +234,20 @@ class PrivateContainerd:
                         found.append(int(entry.name))
         return found
 
-    def _last_words(self) -> str:
-        lines = self.log_file.read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "it said nothing"
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def push_pause_image(repository: Repository, tag: str = "latest") -> None:

@@ -90,6 +90,19 @@ class Container:
                 raise CriError(f"container {self.id[:12]} runs on after {timeout:g} s")
             time.sleep(0.01)
 
+    def first_output(self, timeout: float = TIMEOUT) -> float:
+        """Wait for the first byte it prints; the moment on the monotonic clock, known to 2 ms.
+
+        Raises:
+            CriError: ``timeout`` seconds have passed.
+        """
+        end = time.monotonic() + timeout
+        while not self._log.exists() or not self._log.stat().st_size:
+            if time.monotonic() > end:
+                raise CriError(f"container {self.id[:12]} has printed nothing")
+            time.sleep(0.002)
+        return time.monotonic()
+
     def execute(self, *command: str, timeout: int = 60) -> tuple[int, bytes]:
         """Run a command inside; its exit code and all it printed.
 
