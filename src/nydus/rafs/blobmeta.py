@@ -133,7 +133,8 @@ class ChunkMap:
         """Take digests and checksums from chunk records (a tree's or :func:`nydus.rafs.v6.read_chunk_table`).
 
         Raises:
-            FormatError: a record has an index that the blob does not have.
+            FormatError: a record has an index that the blob does not have, or says that the chunk lies
+                elsewhere: its bytes would be right, but in the wrong place.
         """
         rows = chunks[chunks["blob_index"] == blob_index]
         index = rows["index"].astype(np.int64)
@@ -148,6 +149,15 @@ class ChunkMap:
             self.digests = np.zeros((len(self), 32), np.uint8)
         digests = np.ascontiguousarray(rows["digest"]).view(np.uint8).reshape(-1, 32)
         known = digests.any(axis=1)
+        for column in ("uoffset", "usize"):
+            wrong = known & (getattr(self, column)[index] != rows[column])
+            if wrong.any():
+                raise FormatError(
+                    f"{column} of chunk {int(index[np.argmax(wrong)])} differs between bootstrap and blob",
+                    where=self.blob.id,
+                    found=int(getattr(self, column)[index][np.argmax(wrong)]),
+                    expected=int(rows[column][np.argmax(wrong)]),
+                )
         self.digests[index[known]] = digests[known]
         checked = (rows["flags"] & ChunkFlag.HAS_CRC) != 0
         self.crc[index[checked]] = rows["crc"][checked]
