@@ -356,7 +356,15 @@ class BlobCache:
     def _open_files(self, local: bool) -> OpenBlob:
         chunks, from_files = self._load_chunks(local)
         if self._digests is not None:
-            self._digests(chunks)
+            try:
+                self._digests(chunks)
+            except FormatError as error:
+                if not from_files or local:
+                    raise
+                log.warning("%s; reading its chunk table again from the backend", error)
+                self._file("meta").unlink(missing_ok=True)
+                chunks, from_files = self._load_chunks(local)
+                self._digests(chunks)
         opened = OpenBlob(self.work_dir, chunks, self.length, validate=self._validate, from_files=from_files)
         self._fetcher = Fetcher(
             self.blob.id,

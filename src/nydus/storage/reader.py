@@ -122,6 +122,41 @@ class ChunkReader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def stored(self, blob: int, rows: Array) -> Iterator[tuple[list[int], bytes | memoryview]]:
+        """Stored bytes as they are, in the order of the blob, for copying into another blob.
+
+        Args:
+            rows: the chunks wanted; all of a batch or gzip context come with any of it.
+
+        Returns:
+            Chunks that were stored together, ascending, and their stored bytes, all verified.
+        """
+        opened = self._open(blob)
+        decoder = opened.decoder
+        units = np.unique(decoder.unit_of[rows])
+        units = units[np.argsort(decoder.offset[units], kind="stable")]
+
+        def load(run: list[int]) -> list[tuple[list[int], bytes | memoryview]]:
+            result = []
+            for unit, data in self._fetch(opened, run):
+                decoder.decode(unit, data)
+                result.append((decoder.rows(unit).tolist(), data))
+            return result
+
+        with ThreadPoolExecutor(self._threads, "chunk-reader") as pool:
+            ahead: deque[Future[list[tuple[list[int], bytes | memoryview]]]] = deque()
+            for run in _runs(decoder, units.tolist()):
+                ahead.append(pool.submit(load, run))
+                if len(ahead) > self._threads:
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+
+    def stored_size(self, blob: int, rows: Array) -> int:
+        """Bytes that chunks take in their blob, each batch or gzip context counted once."""
+        decoder = self._open(blob).decoder
+        return int(decoder.size[np.unique(decoder.unit_of[rows])].sum())
+
     def raw(self, blob: int, size: int) -> Iterator[bytes]:
         """The first ``size`` stored bytes of a blob, as they are."""
         name = self._tree.blobs[blob].id
@@ -179,18 +214,24 @@ class ChunkReader:
             else:
                 yield from kept
         for run in _runs(decoder, missing):
-            start = int(decoder.offset[run[0]])
-            end = max(int(decoder.offset[unit]) + int(decoder.size[unit]) for unit in run)
-            stored = memoryview(self._read(blob.info.id, start, end - start))
-            for unit in run:
-                at = int(decoder.offset[unit]) - start
-                decoded = decoder.decode(unit, stored[at : at + int(decoder.size[unit])])
+            for unit, stored in self._fetch(blob, run):
+                decoded = decoder.decode(unit, stored)
                 if len(decoded) > 1:
                     with self._lock:
                         self._units[number, unit] = decoded
                         while len(self._units) > _KEPT_UNITS:
                             self._units.popitem(last=False)
                 yield from ((row, data) for row, data in decoded if row in wanted)
+
+    def _fetch(self, blob: _Blob, run: list[int]) -> Iterator[tuple[int, memoryview]]:
+        """The stored bytes of units that lie near each other, in one request."""
+        offset, size = blob.decoder.offset, blob.decoder.size
+        start = int(offset[run[0]])
+        end = max(int(offset[unit]) + int(size[unit]) for unit in run)
+        data = memoryview(self._read(blob.info.id, start, end - start))
+        for unit in run:
+            at = int(offset[unit]) - start
+            yield unit, data[at : at + int(size[unit])]
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
         started, attempt = time.monotonic(), 1

@@ -74,8 +74,8 @@ class RegistryBackend(MeteredBackend):
     """Reads blobs by range: through the proxy and the mirrors in order, at last from the registry itself.
 
     A proxy or mirror that fails in whatever way is passed over for this request, and after repeated failures
-    for its check interval. Without ``proxy.fallback`` only the proxy is asked. Mirrors that ask for it get the
-    same credentials as the registry.
+    for its check interval. Without ``proxy.fallback`` only the proxy is asked. Mirrors that ask for it get
+    the same credentials as the registry.
 
     Raises:
         ConfigError: an unusable value; the text names the key.
