@@ -162,7 +162,10 @@ class TarReader:
             yield bytes(piece)
 
     def _check_sum(self, header: bytes, at: int) -> None:
-        expected = self._number(header, 148, 156, at)
+        try:
+            expected = self._number(header, 148, 156, at)
+        except FormatError:
+            raise self._fail("not a tar header", at, found=header[:16]) from None
         found = sum(header) - sum(header[148:156]) + 8 * 32
         # Some old programs summed signed bytes.
         if expected != found and expected != found - 256 * sum(b > 127 for b in header[:148] + header[156:]):
