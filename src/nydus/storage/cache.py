@@ -24,6 +24,8 @@ from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, write_aside
 log = logging.getLogger(__name__)
 
 BLOCK = 4096
+#: Configurations may ask for 256 MiB; memory for that, times the threads, is not to be had.
+_MAX_AMPLIFY = 16 << 20
 _ZEROS = bytes(BLOCK)
 
 
@@ -84,7 +86,7 @@ class BlobCache:
         self._chunks, self._digests = chunks, digests
         self._more_digests: list[Callable[[ChunkMap], None]] = []
         self._backend = backend
-        self._amplify = amplify
+        self._amplify = min(amplify, _MAX_AMPLIFY)
         self._validate = validate
         self._meta_id = meta_id
         self._closing = threading.Event()
