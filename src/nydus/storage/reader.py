@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -122,7 +122,7 @@ class ChunkReader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def stored(self, blob: int, rows: Array) -> Iterator[tuple[list[int], bytes | memoryview]]:
+    def stored(self, blob: int, rows: Array) -> Iterator[tuple[Sequence[int], memoryview]]:
         """Stored bytes as they are, in the order of the blob, for copying into another blob.
 
         Args:
@@ -136,15 +136,15 @@ class ChunkReader:
         units = np.unique(decoder.unit_of[rows])
         units = units[np.argsort(decoder.offset[units], kind="stable")]
 
-        def load(run: list[int]) -> list[tuple[list[int], bytes | memoryview]]:
-            result = []
+        def load(run: list[int]) -> list[tuple[Sequence[int], memoryview]]:
+            result: list[tuple[Sequence[int], memoryview]] = []
             for unit, data in self._fetch(opened, run):
                 decoder.decode(unit, data)
-                result.append((decoder.rows(unit).tolist(), data))
+                result.append((decoder.rows(unit), data))
             return result
 
         with ThreadPoolExecutor(self._threads, "chunk-reader") as pool:
-            ahead: deque[Future[list[tuple[list[int], bytes | memoryview]]]] = deque()
+            ahead: deque[Future[list[tuple[Sequence[int], memoryview]]]] = deque()
             for run in _runs(decoder, units.tolist()):
                 ahead.append(pool.submit(load, run))
                 if len(ahead) > self._threads:
