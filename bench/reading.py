@@ -20,7 +20,8 @@ from nydus.demo import lazy
 from nydus.demo.ordinary import Job, Puller
 from nydus.demo.push import push
 from nydus.demo.report import Measurement, Speed
-from nydus.demo.run import NYDUS_TAG, OCI_TAG, REPOSITORY, SPEEDS, Scene, convert
+from nydus.demo.run import SPEEDS, convert
+from nydus.demo.scene import NYDUS_TAG, OCI_TAG, REPOSITORY, ChrootScene
 from nydus.errors import NydusError
 from nydus.mount import table
 from nydus.oci.registry import Registry
@@ -35,7 +36,7 @@ class Bench:
 
     def __init__(self, image: BenchImage, folder: Path, server: RegistryServer, daemon: lazy.Daemon) -> None:
         self.image, self.folder, self.server, self.daemon = image, folder, server, daemon
-        self.scene = Scene(server, daemon, environment=image.environment)
+        self.scene = ChrootScene(server, daemon, environment=image.environment)
         self.numbers = count()
         self.ordinary: dict[int | None, list[float]] = {}
         with Registry(server.host, plain_http=True) as registry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,12 +71,15 @@ def leftovers() -> set[str]:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("containerd", [False, pytest.param(True, marks=pytest.mark.containerd)])
 def test_lazy_start_moves_less_and_nothing_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], containerd: bool
 ) -> None:
+    if containerd and not (shutil.which("containerd") and shutil.which("busybox")):
+        pytest.skip("containerd or busybox is not installed")
     before = leftovers()
     monkeypatch.setattr(demo, "SPEEDS", (Speed("full speed", None), Speed("20 MB/s", 20_000_000)))
-    measured = demo.run(tmp_path / "demo.png", Console(file=sys.stdout, width=130))
+    measured = demo.run(tmp_path / "demo.png", Console(file=sys.stdout, width=130), containerd=containerd)
     assert [one.way for one in measured] == ["lazy", "ordinary"] * 2
     for lazy, ordinary in (measured[:2], measured[2:]):
         assert "the data is intact" in lazy.output

@@ -25,14 +25,9 @@ def demo(picture: Path, containerd: bool) -> None:
     """
     from rich.console import Console
 
+    from nydus.demo.run import run
+
     console = Console()
     if not console.is_terminal:
         console.width = 110
-    if containerd:
-        from nydus.demo import containerd as real
-
-        real.run(picture, console)
-    else:
-        from nydus.demo.run import run
-
-        run(picture, console)
+    run(picture, console, containerd=containerd)

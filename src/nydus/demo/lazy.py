@@ -10,10 +10,9 @@ from typing import Any
 
 from nydus.daemon.client import DaemonClient
 from nydus.errors import NydusError
-from nydus.mount import table
-from nydus.mount.syscalls import detach
 from nydus.oci import model
 from nydus.oci.registry import Repository
+from nydus.snapshotter.daemons import detach
 
 STOP_SECONDS = 20
 
@@ -69,14 +68,7 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        unmount_below(self.mountpoint)
-
-
-def unmount_below(folder: Path) -> None:
-    """Detach whatever is still mounted at or below ``folder``."""
-    for mount in reversed(table.read()):
-        if Path(mount.path).is_relative_to(folder):
-            detach(mount.path)
+        detach(self.mountpoint)
 
 
 def fetch_bootstrap(repository: Repository, tag: str, folder: Path) -> Path:

@@ -8,9 +8,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -24,19 +23,18 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from nydus.demo import lazy, ordinary, report
-from nydus.demo.container import Container
-from nydus.demo.image import COMMAND, ENV, DemoImage, build
+from nydus.demo import lazy, report
+from nydus.demo.image import DemoImage, build
 from nydus.demo.push import push
 from nydus.demo.report import Measurement, Speed
+from nydus.demo.scene import NYDUS_TAG, OCI_TAG, REPOSITORY, ChrootScene, Scene
 from nydus.errors import NydusError
 from nydus.oci.place import RegistryPlace
 from nydus.oci.reference import parse
 from nydus.oci.registry import Registry
 from nydus.oci.server import RegistryServer
+from nydus.snapshotter.daemons import detach
 
-REPOSITORY = "demo/app"
-OCI_TAG, NYDUS_TAG = "latest", "nydus"
 SPEEDS = (Speed("full speed", None), Speed("3 MB/s", 3_000_000))
 
 
@@ -106,70 +104,15 @@ def workspace() -> Iterator[Path]:
         yield folder
     finally:
         signal.signal(signal.SIGTERM, before)
-        lazy.unmount_below(folder)
+        detach(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Scene:
-    """What the measured starts share: an image in a registry, in both forms, a daemon and a program."""
-
-    def __init__(
-        self,
-        server: RegistryServer,
-        daemon: lazy.Daemon,
-        command: Sequence[str] = COMMAND,
-        environment: Sequence[str] = ENV,
-    ) -> None:
-        self.server, self.daemon = server, daemon
-        self.command, self.environment = command, environment
-
-    def lazily(self, place: Path) -> tuple[list[Path], float]:
-        """Mount the image; returns the lower folders of the container and when they were ready."""
-        with Registry(self.server.host, plain_http=True) as registry:
-            bootstrap = lazy.fetch_bootstrap(registry.repository(REPOSITORY), NYDUS_TAG, place)
-        config = lazy.registry_config(self.server.host, REPOSITORY, place / "cache")
-        return [self.daemon.mount(place.name, bootstrap, config)], time.monotonic()
-
-    def ordinarily(self, place: Path, puller: ordinary.Puller) -> tuple[list[Path], float]:
-        """Pull and unpack the image; as :meth:`lazily`."""
-        layers = puller.pull(ordinary.Job(self.server.host, REPOSITORY, OCI_TAG, str(place)))
-        return layers[::-1], time.monotonic()
-
-    def measure(self, way: str, speed: Speed, place: Path) -> Measurement:
-        """Start the image's program from nothing in the empty folder ``place``."""
-        self.server.throttle_bytes_per_second = speed.limit
-        (place / "run").mkdir()
-        with ExitStack() as stack:
-            prepare = self.lazily
-            if way == "ordinary":
-                prepare = partial(self.ordinarily, puller=stack.enter_context(ordinary.Puller()))
-            self.server.reset_counters()
-            start = time.monotonic()
-            lower, ready = prepare(place)
-            container = Container(lower, place / "run", self.command, self.environment)
-            outcome = stack.enter_context(container).wait()
-            counters = self.server.counters
-        self.server.throttle_bytes_per_second = None
-        return Measurement(
-            way,
-            speed,
-            ready - start,
-            outcome.first_output - start,
-            counters.bytes_sent,
-            counters.requests,
-            disk_use(place),
-            [(moment - start, sent) for moment, sent in counters.samples],
-            outcome.output,
-        )
-
-
-def disk_use(folder: Path) -> int:
-    """Bytes of the blocks that the files in ``folder`` occupy (sparse files count for what they hold)."""
-    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
-
-
-def run(picture: Path, console: Console) -> list[Measurement]:
+def run(picture: Path, console: Console, *, containerd: bool = False) -> list[Measurement]:
     """Do it all; prints what the program said and the table, writes the picture, returns the figures.
+
+    Args:
+        containerd: start containers with a private containerd and runc, not in a chroot.
 
     Raises:
         NydusError: not root, or one of the steps failed.
@@ -182,11 +125,17 @@ def run(picture: Path, console: Console) -> list[Measurement]:
         server = stack.enter_context(RegistryServer(folder / "registry"))
         stack.enter_context(steps.progress)
         demo = prepare(folder, server, steps)
-        scene = Scene(server, stack.enter_context(lazy.Daemon(folder)))
+        scene: Scene
+        if containerd:
+            from nydus.demo.pods import PodScene
+
+            scene = PodScene(server)
+        else:
+            scene = ChrootScene(server, stack.enter_context(lazy.Daemon(folder)))
         measurements: list[Measurement] = []
         for speed in SPEEDS:
             for way in ("lazy", "ordinary"):
-                place = folder / f"{way}-{len(measurements)}"
+                place = folder / str(len(measurements))
                 place.mkdir()
                 total = demo.size if way == "ordinary" else None
                 with steps.step(f"starting it: {way}, {speed.title}", total) as tell, watching(server, tell):
