@@ -94,7 +94,7 @@ class BuildOptions:
         if self.version == 5:
             for name, value in (
                 ("batch chunks", self.batch_size),
-                ("a table of contents", self.toc),
+                ("table of contents", self.toc),
                 ("encryption", self.encrypt),
             ):
                 if value:
