@@ -255,7 +255,7 @@ class LayerBuilder:
         info.compression, info.digester = options.compression, options.digester
         if options.encrypt:
             info.features |= BlobFeature.ENCRYPTED | BlobFeature.CHUNK_INFO_V2
-            info.cipher, info.key, info.iv = Cipher.AES_128_XTS, _random_key(), os.urandom(16)
+            info.cipher, info.key, info.iv = Cipher.AES_128_XTS, random_key(), os.urandom(16)
         self.info = info
         known = [tree for tree in (options.dictionary, options.parent) if tree is not None]
         self.writer = BlobWriter(
@@ -374,7 +374,7 @@ def write_bootstrap(tree: Tree) -> bytes:
     return v6.write(tree)
 
 
-def _random_key() -> bytes:
+def random_key() -> bytes:
     """A key for AES-128-XTS, whose halves must differ."""
     while True:
         key = os.urandom(32)
