@@ -46,7 +46,14 @@ class Nydusd:
         command = [sys.executable, "-m", "nydus.cli.nydusd", "--mountpoint", str(self.mountpoint)]
         command += ["--apisock", str(self.socket), *arguments]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            # If the test's process is killed the daemon ends as if by a user.
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: syscalls.die_with_parent(signal.SIGTERM),
+            )
         self.wait = wait
 
     @classmethod

@@ -44,7 +44,8 @@ def backend(daemon: Daemon, mountpoint: str) -> dict[str, Any]:
 
 def blobcache(daemon: Daemon, mountpoint: str) -> dict[str, Any]:
     """The sums over the blobs of an image."""
-    image = daemon.instance(mountpoint).image
+    instance = daemon.instance(mountpoint)
+    image = instance.image
     total: dict[str, Any] = {}
     for blob in range(len(image.blobs)):
         cache = image.open_cache(blob)
@@ -59,7 +60,7 @@ def blobcache(daemon: Daemon, mountpoint: str) -> dict[str, Any]:
                 total[key] = total[key] and value
             elif isinstance(value, (int, list)):
                 total[key] += value
-    return total
+    return total | (instance.prefetch.metrics() if instance.prefetch is not None else {})
 
 
 def inflight(daemon: Daemon) -> list[dict[str, int]] | None:

@@ -21,6 +21,7 @@ from nydus.daemon import config as configs
 from nydus.daemon.devices import Devices
 from nydus.daemon.image import Image, Pool
 from nydus.daemon.options import Options
+from nydus.daemon.prefetch import ImagePrefetch
 from nydus.daemon.state import InstanceState, State
 from nydus.errors import MountError, NydusError
 from nydus.mount import erofs, probe, syscalls, table
@@ -55,6 +56,7 @@ class Instance:
     mounting: bool = False
     mount_id: int = 0
     fuse: FuseMount | None = None
+    prefetch: ImagePrefetch | None = None
 
     @property
     def alive(self) -> bool:
@@ -172,6 +174,7 @@ class Daemon:
         for instance in self.instances().values():
             if instance.state.provider == "fuse":
                 self._remount_fuse(instance)
+            self._fetch_ahead(instance)
         self._on_change()
 
     def stop(self, *, keep_mounts: bool = False) -> None:
@@ -181,6 +184,8 @@ class Daemon:
         if keep_mounts:
             return
         for instance in self.instances().values():
+            if instance.prefetch is not None:
+                instance.prefetch.close()
             with suppress(NydusError, OSError):
                 self._detach(instance)
         if self._shared:
@@ -227,6 +232,7 @@ class Daemon:
                 image.close()
                 self._remove_directories(mountpoint)
                 raise
+        self._fetch_ahead(instance)
         state = instance.state
         log.info("mounted %s at %s by %s (%s)", source, state.path, state.provider, state.reason)
 
@@ -472,6 +478,8 @@ class Daemon:
                 return
             instance.state.mounted = False
             self._runtime.pop(instance.state.mountpoint, None)
+        if instance.prefetch is not None:
+            instance.prefetch.close()
         instance.image.close()
         self._on_change()
 
@@ -487,6 +495,11 @@ class Daemon:
             except OSError:
                 return
             path = path.parent
+
+    @staticmethod
+    def _fetch_ahead(instance: Instance) -> None:
+        if instance.image.config.fs_prefetch.enable:
+            instance.prefetch = ImagePrefetch(instance.image, instance.state.prefetch_files)
 
     def _apply(self, mountpoint: str, values: dict[str, str]) -> None:
         instance = self.instances().get(mountpoint)
