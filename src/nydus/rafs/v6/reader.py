@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -369,26 +370,31 @@ class Reader:
             raise buffer.error("the chunk list of a file is incomplete", int(places[bad_row]))
         nodes["chunk"][owners[rows]] = ragged.starts_of(counts)
         nodes["chunk_count"][owners[rows]] = counts
-        position = ragged.indexes(np.zeros(len(rows), np.int64), counts)
-        where = np.repeat(starts, counts) + position * layout.CHUNK_INDEX.itemsize
-        index = buffer.gather(where, layout.CHUNK_INDEX, "chunk list")
-        wrong = (index["device"] == 0) | (index["device"] > len(head.blobs))
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise buffer.error(
-                "a chunk of a blob that does not exist", int(where[at]), found=int(index["device"][at])
-            )
+        # Lists are aligned to their entries. Few columns are alive at a time: chunks are what there may be
+        # most of.
+        unit = layout.CHUNK_INDEX.itemsize
+        table = buffer.array(0, buffer.size // unit, layout.CHUNK_INDEX, "chunk list")
+        index = table[ragged.indexes(starts // unit, counts)]
         result = np.zeros(len(index), CHUNK)
-        result["blob_index"] = index["device"] - 1
+        result["blob_index"] = index["device"].astype(np.uint32) - 1
         result["index"] = index["index_low"] | index["index_high"].astype(np.uint32) << 16
         result["uoffset"] = index["block"].astype(np.uint64) * self.block
-        result["file_offset"] = position * head.chunk_size
-        result["usize"] = np.minimum(np.repeat(size, counts) - position * head.chunk_size, head.chunk_size)
+        del index
+        result["file_offset"] = ragged.indexes(np.zeros(len(rows), np.int64), counts)
+        result["file_offset"] *= np.uint64(head.chunk_size)
+        result["usize"] = head.chunk_size
+        last = (np.cumsum(counts) - 1)[counts > 0]
+        result["usize"][last] = (size - (counts - 1) * head.chunk_size)[counts > 0]
+
+        def place(chunk: int) -> int:
+            file = int(np.searchsorted(np.cumsum(counts), chunk, side="right"))
+            return int(starts[file]) + int(result["file_offset"][chunk]) // head.chunk_size * unit
+
+        self.check_chunks(result, place)
         if head.flags & SuperFlag.TARFS:
             result["coffset"], result["csize"] = result["uoffset"], result["usize"]
         else:
             self.look_up(result)
-        self.check_chunks(result, where)
         return result
 
     def look_up(self, chunks: Array) -> None:
@@ -405,22 +411,25 @@ class Reader:
         for name in ("digest", "flags", "csize", "coffset", "crc"):
             chunks[name][found] = table[name][match[found]]
 
-    def check_chunks(self, chunks: Array, where: Array) -> None:
-        blobs = self.head.blobs
+    def check_chunks(self, chunks: Array, place: Callable[[int], int]) -> None:
+        """Chunks must lie in their blobs; ``place`` says where a chunk was read from."""
+
+        def refuse(wrong: Array, what: str) -> None:
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise self.buffer.error(what, place(at), found=int(chunks["index"][at]))
+
+        blobs, blob = self.head.blobs, chunks["blob_index"]
+        refuse(blob >= len(blobs), "a chunk of a blob that does not exist")
         if not len(chunks):
             return
-        blob = chunks["blob_index"]
-        count = np.array([b.chunk_count for b in blobs], np.uint64)[blob]
-        # Not every blob that is only referred to by dictionary builds says how many chunks it has.
-        size = np.array([b.uncompressed_size for b in blobs], np.uint64)[blob]
-        outside = chunks["index"] >= count
-        outside &= ~np.array([bool(b.features & BlobFeature.EXTERNAL) for b in blobs])[blob]
-        outside |= chunks["uoffset"] + chunks["usize"] > size
-        if outside.any():
-            at = int(np.argmax(outside))
-            raise self.buffer.error(
-                "a chunk lies outside of its blob", int(where[at]), found=int(chunks["index"][at])
-            )
+        external = [bool(b.features & BlobFeature.EXTERNAL) for b in blobs]
+        count = np.array(
+            [1 << 24 if e else b.chunk_count for b, e in zip(blobs, external, strict=True)], np.uint32
+        )
+        refuse(chunks["index"] >= count[blob], "the index of a chunk is beyond its blob's")
+        ends = np.array([b.uncompressed_size for b in blobs], np.uint64)[blob]
+        refuse(chunks["uoffset"] + chunks["usize"] > ends, "a chunk lies outside of its blob")
 
     def share(self, nodes: Array) -> None:
         """Give further names of an inode what its first name has."""
