@@ -9,7 +9,9 @@ import pytest
 
 from conformance import content
 from nydus import rafs
-from nydus.rafs import toc
+from nydus.errors import FormatError
+from nydus.rafs import blobmeta, toc
+from nydus.rafs.model import BlobFeature, BlobInfo, Compression
 
 pytestmark = pytest.mark.vectors
 
@@ -94,3 +96,62 @@ def test_oci_image(name: str, vectors: Path, tmp_path: Path) -> None:
     for rows in (found, expected):
         del rows["/"]
     assert found == expected
+
+
+@pytest.mark.parametrize("name", ["v6-bootstrap-chunk-pos-438272", "v5-bootstrap-file-size-736032"])
+def test_old_bootstraps(name: str, vectors: Path) -> None:
+    with tarfile.open(vectors / "upstream" / "snapshotter" / f"{name}.tar.gz") as archive:
+        member = next(m for m in archive if m.isfile())
+        data = archive.extractfile(member).read()  # type: ignore[union-attr]
+    tree = rafs.read(data, name)
+    assert len(tree) > 1000 and len(tree.blobs) >= 1
+    # Layout differs from today's, content does not.
+    again = rafs.read(rafs.write(tree), name)
+    assert [path for _, path in again.walk()] == [path for _, path in tree.walk()]
+    assert (again.chunks["digest"] == tree.chunks["digest"]).all()
+
+
+@pytest.mark.parametrize(
+    ("bootstrap_path", "blobs"),
+    [
+        ("bootstrap/rafs-v6-2.2.boot", "blobs"),
+        ("repeatable/blake3-lz4_block-non_repeatable", "repeatable/blobs"),
+        ("repeatable/sha256-nocompress-repeatable", "repeatable/blobs"),
+    ],
+)
+def test_old_images(bootstrap_path: str, blobs: str, vectors: Path) -> None:
+    """Every chunk has the digest that the image names; the fixtures say no more about content."""
+    folder = vectors / "upstream"
+    tree = rafs.read((folder / bootstrap_path).read_bytes(), bootstrap_path)
+    for blob in content.open_blobs(tree, folder / blobs, vectors / "inputs"):
+        assert blob.chunks.digests is not None and blob.chunks.digests.any()
+        for index in range(len(blob.chunks)):
+            blob.chunk(index)
+
+
+def test_old_gzip_index(vectors: Path) -> None:
+    (path,) = (vectors / "upstream" / "zran").glob("*.blob.meta")
+    data = path.read_bytes()
+    head = [int.from_bytes(data[-4096:][at : at + size], "little") for at, size in ((4, 4), (8, 4), (12, 4))]
+    sizes = [int.from_bytes(data[-4096:][at : at + 8], "little") for at in (16, 24, 32)]
+    blob = BlobInfo(
+        id=path.name.split(".")[0],
+        chunk_size=1 << 24,
+        chunk_count=head[2],
+        features=BlobFeature(head[0]),
+        meta_compression=Compression(head[1]),
+        meta_offset=sizes[0],
+        meta_compressed_size=sizes[1],
+        meta_uncompressed_size=sizes[2],
+        compressed_size=1 << 32,
+        uncompressed_size=1 << 40,
+    )
+    chunks = blobmeta.from_cache_file(blob, data)
+    assert len(chunks.zran) and (chunks.context < len(chunks.zran)).all()
+    assert blobmeta.to_cache_file(chunks) == data
+
+
+def test_images_before_1_0_are_refused(vectors: Path) -> None:
+    data = (vectors / "upstream" / "bootstrap" / "nydusd_daemon_test_bootstrap").read_bytes()
+    with pytest.raises(FormatError, match=r"before RAFS 1\.0"):
+        rafs.read(data)
