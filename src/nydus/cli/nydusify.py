@@ -14,7 +14,15 @@ from nydus.errors import ConfigError
     cls=GoGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     commands_in={
+        "check": ("nydus.cli.nydusify_check:check", "Check a Nydus image, and compare it with its source."),
         "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
+        "copy": ("nydus.cli.nydusify_copy:copy", "Copy an image as it is."),
+        "info": (
+            "nydus.cli.nydusify_info:info",
+            "Say what kind of image this is, how large, how much is shared.",
+        ),
+        "mount": ("nydus.cli.nydusify_mount:mount", "Mount a Nydus image until interrupted."),
+        "view": ("nydus.cli.nydusify_mount:mount", "The same as mount."),
     },
 )
 @option("--debug", "-D", env="DEBUG_LOG_LEVEL", is_flag=True, help="Log at level debug.")

@@ -171,7 +171,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             archive = Path(values["target_archive"])
             if not archive.parent.is_dir():
                 raise ConfigError(f"--target-archive {archive}: its folder does not exist")
-            with _work_dir(Path(values["work_dir"])) as base:
+            with work_dir(Path(values["work_dir"])) as base:
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
                     result = image(source, LayoutPlace(Path(folder)), options, progress, platforms)
                     write_archive(Layout(folder), archive, target)
@@ -249,7 +249,7 @@ def _prefetch(values: dict[str, Any]) -> tuple[bytes, ...]:
     return (path.encode(),)
 
 
-class _work_dir:
+class work_dir:
     """The folder for temporary files; removed at the end if it was made here."""
 
     def __init__(self, path: Path) -> None:

@@ -78,6 +78,7 @@ def select(
     platforms: Sequence[Platform] | None,
     *,
     attestations: bool = False,
+    nydus: bool = False,
 ) -> tuple[Index | None, list[Image]]:
     """Reads the manifests and configs of the images wanted.
 
@@ -85,6 +86,7 @@ def select(
         reference: tag or digest.
         where: name of the image, for messages.
         platforms: None is all. A single manifest is taken whatever its platform is.
+        nydus: of each platform take the Nydus manifest of a merged index, too.
         attestations: with all platforms, take what is no image (signatures, Nydus manifests) too.
 
     Returns:
@@ -99,7 +101,7 @@ def select(
     document = model.decode_image(data, descriptor.media_type, where)
     if isinstance(document, Manifest):
         return None, [_image(source, descriptor, data, document, where)]
-    entries = [entry for entry in document.manifests if attestations or _is_image(entry)]
+    entries = [entry for entry in document.manifests if attestations or _is_image(entry, nydus)]
     chosen: list[Descriptor] = []
     if platforms is None:
         chosen = entries
@@ -110,7 +112,8 @@ def select(
                 there = ", ".join(sorted({str(entry.platform) for entry in entries if entry.platform}))
                 raise ConfigError(f"{where}: no image for {wanted}; there are: {there or 'none'}")
             best = [entry for entry in found if entry.platform and entry.platform.variant == wanted.variant]
-            chosen += [entry for entry in (best or found)[:1] if entry not in chosen]
+            halves = (best or found) if nydus else (best or found)[:1]
+            chosen += [entry for entry in halves if entry not in chosen]
         chosen.sort(key=entries.index)
     if not chosen:
         raise ConfigError(f"{where}: the index has no images")
@@ -127,9 +130,9 @@ def select(
     return document, images
 
 
-def _is_image(entry: Descriptor) -> bool:
+def _is_image(entry: Descriptor, nydus: bool) -> bool:
     """BuildKit puts attestations, and we Nydus manifests, beside the images of an index."""
-    if _ATTESTATION in entry.annotations or entry.artifact_type == model.NYDUS_MANIFEST:
+    if _ATTESTATION in entry.annotations or (entry.artifact_type == model.NYDUS_MANIFEST and not nydus):
         return False
     return not (entry.platform and entry.platform.os == "unknown")
 

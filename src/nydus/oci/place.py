@@ -120,10 +120,11 @@ class RegistryPlace:
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlace:
-    """An image in an OCI layout directory."""
+    """An image in an OCI layout directory; ``name`` is what it is called in messages and annotations."""
 
     path: Path
     target: str = ""
+    name: str = ""
 
     def open(self) -> Source:
         from nydus.oci.layout import Layout
@@ -136,7 +137,7 @@ class LayoutPlace:
         return Layout(self.path).create()
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.name or str(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,156 @@
+"""``nydusify check``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, given, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError, NydusError
+
+if TYPE_CHECKING:
+    from nydus.convert.check import Side
+    from nydus.convert.listing import Listing
+
+_NOT_YET = (
+    "source_backend_type",
+    "source_backend_config",
+    "source_backend_config_file",
+    "target_backend_type",
+    "target_backend_config",
+    "target_backend_config_file",
+)
+
+
+@click.command(cls=GoCommand, short_help="Check a Nydus image, and compare it with its source.")
+@option(
+    "--source",
+    env="SOURCE",
+    help="Reference of the image it was made of; without it the target alone is checked.",
+)
+@option("--target", env="TARGET", help="Reference of the Nydus image.")
+@option("--source-archive", type=click.Path(), help="The source as a tar file or OCI layout folder.")
+@option("--target-archive", type=click.Path(), help="The target as a tar file or OCI layout folder.")
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option("--source-backend-type", env="", hidden=True)
+@option("--source-backend-config", env="", hidden=True)
+@option("--source-backend-config-file", env="", hidden=True)
+@option("--target-backend-type", env="", hidden=True)
+@option("--target-backend-config", env="", hidden=True)
+@option("--target-backend-config-file", env="", hidden=True)
+@option(
+    "--multi-platform", env="MULTI_PLATFORM", is_flag=True, help="Not needed: both halves are always checked."
+)
+@option("--platform", help="os/architecture; default: this machine's.")
+@option("--no-mount", is_flag=True, help="Read the files without mounting the image.")
+@option(
+    "--work-dir", env="WORK_DIR", default="./output", help="For documents and bootstrap; kept. [./output]"
+)
+@option("--output-json", env="OUTPUT_JSON", type=click.Path(dir_okay=False), help="Write a report there.")
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", help="Not used: the checks are built in.")
+@option(
+    "--nydusd", env="NYDUSD", default="nydusd", help="The daemon to mount with; default: the built-in one."
+)
+@click.pass_context
+def check(ctx: click.Context, /, **values: Any) -> None:
+    """Check a Nydus image, and compare it with its source.
+
+    All documents, blobs and chunks are read and verified. With a source, the two file systems are compared in
+    everything; the image is mounted for that, which needs root.
+    """
+    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.cli.progress import progress_for
+    from nydus.convert.check import check as run
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    for name in _NOT_YET:
+        if values[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
+    plain = values["plain_http"]
+    target = source_place(
+        values["target"],
+        values["target_archive"],
+        plain_http=plain,
+        insecure=values["target_insecure"],
+        option="target",
+    )
+    source = None
+    if values["source"] or values["source_archive"]:
+        source = source_place(
+            values["source"],
+            values["source_archive"],
+            plain_http=plain,
+            insecure=values["source_insecure"],
+            option="source",
+        )
+    work_dir = Path(values["work_dir"])
+    output = Path(values["output_json"]) if values["output_json"] else None
+    document: dict[str, Any] = {"target": str(target), "verified": False}
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        mounted = None
+        if source is not None and not values["no_mount"]:
+            _require_root()
+            daemon = values["nydusd"] if given(ctx, "nydusd") else ""
+
+            def through_mount(side: Side, folder: Path) -> Listing:
+                return _mounted(side, folder, work_dir, daemon)
+
+            mounted = through_mount
+        with progress_for(log) as progress:
+            report = run(target, source, one_platform(values["platform"]), work_dir, progress, mounted)
+        document = {**dataclasses.asdict(report), "verified": True}
+        for warning in report.warnings:
+            log.warning(warning)
+        counts = report.checks
+        size = human(counts.get("blob bytes", 0))
+        same = f"; the same as {report.source}" if report.source else ""
+        log.info(
+            f"verified {counts.get('manifest', 0)} layers, {counts.get('blobs', 0)} blobs ({size}), "
+            f"{counts.get('files', 0)} files{same}"
+        )
+    except NydusError as error:
+        document["error"] = str(error)
+        raise
+    except OSError as error:
+        document["error"] = f"{error.filename}: {error.strerror}"
+        raise NydusError(document["error"]) from error
+    finally:
+        if output:
+            try:
+                output.write_text(json.dumps(document, indent=2) + "\n")
+            except OSError as error:
+                log.warning(f"--output-json {output}: {error.strerror}")
+
+
+def _require_root() -> None:
+    import os
+
+    if os.geteuid() != 0:
+        raise ConfigError("mounting needs root; use --no-mount to compare without a mount")
+
+
+def _mounted(side: Side, folder: Path, work_dir: Path, nydusd: str) -> Listing:
+    """The files of the target through a lazy mount."""
+    from nydus.convert.documents import BOOTSTRAP
+    from nydus.convert.listing import of_directory
+    from nydus.convert.mounting import backend_of, mounted
+    from nydus.oci.place import ArchivePlace
+
+    if isinstance(side.place, ArchivePlace):
+        backend: dict[str, Any] = {"type": "localfs", "config": {"dir": str((folder / side.name).absolute())}}
+    else:
+        backend = backend_of(side.place)
+    mountpoint = folder / "mnt"
+    mountpoint.mkdir()
+    bootstrap = work_dir / side.name / "nydus_bootstrap" / BOOTSTRAP
+    with mounted(backend, bootstrap, mountpoint, folder / "nydusd", prefetch=True, nydusd=nydusd):
+        return of_directory(str(mountpoint))

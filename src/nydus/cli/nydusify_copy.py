@@ -1,0 +1,74 @@
+"""``nydusify copy``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError
+
+
+@click.command(cls=GoCommand, short_help="Copy an image as it is.")
+@option("--source", env="SOURCE", required=True, help="Reference, or file://<archive or layout folder>.")
+@option("--target", env="TARGET", required=True, help="Reference, or file://<archive>.")
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option("--source-backend-type", env="BACKEND_TYPE", hidden=True)
+@option("--source-backend-config", env="BACKEND_CONFIG", hidden=True)
+@option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", hidden=True)
+@option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
+@option("--all-platforms", is_flag=True, help="Copy the images of all platforms.")
+@option("--push-chunk-size", default="0MB", hidden=True)
+@option(
+    "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
+)
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@click.pass_context
+def copy(ctx: click.Context, /, **values: Any) -> None:
+    """Copy an image as it is; every digest stays.
+
+    What the target has already is not sent again, and within one registry nothing is.
+    """
+    from nydus.cli.nydusify_convert import work_dir
+    from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.cli.progress import progress_for
+    from nydus.convert.copy import copy as run
+    from nydus.oci.archive import write_archive
+    from nydus.oci.layout import Layout
+    from nydus.oci.place import LayoutPlace, registry_place
+    from nydus.oci.reference import Reference, parse
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    if values["source_backend_type"]:
+        raise ConfigError("--source-backend-type is not supported yet")
+    plain, chosen = values["plain_http"], platforms(values["platform"], values["all_platforms"])
+    source = source_place(
+        values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
+    )
+    with progress_for(log) as progress:
+        if values["target"].startswith("file://"):
+            path = Path(values["target"].removeprefix("file://"))
+            if not path.parent.is_dir():
+                raise ConfigError(f"--target {path}: its folder does not exist")
+            name = getattr(source, "reference", None) or Reference("localhost", "image", "latest")
+            with work_dir(Path(values["work_dir"])) as base:
+                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
+                    copied = run(source, LayoutPlace(Path(folder)), progress, chosen)
+                    write_archive(Layout(folder), path, name)
+        else:
+            target = registry_place(
+                parse(values["target"]), plain_http=plain, insecure=values["target_insecure"]
+            )
+            copied = run(source, target, progress, chosen)
+    log.info(
+        f"copied {copied.blobs} blobs, sent {human(copied.sent)}, {human(copied.present)} were there",
+        target=values["target"],
+        digest=copied.descriptor.digest,
+    )

@@ -1,0 +1,93 @@
+"""``nydusify info``: what kind of image is this?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, option
+from nydus.cli.logs import human
+
+if TYPE_CHECKING:
+    from nydus.convert.info import Info
+
+_KINDS = {
+    "oci": "an ordinary OCI image",
+    "nydus": "a Nydus image",
+    "oci-ref": "a Nydus index over the layers of an OCI image",
+    "storage-backend": "a Nydus image whose blobs are in a storage backend",
+}
+
+
+@click.command(cls=GoCommand, short_help="Say what kind of image this is, how large, how much is shared.")
+@click.argument("reference", required=False)
+@option("--target", env="TARGET", help="Reference of the image (or as the argument).")
+@option("--target-archive", type=click.Path(), help="The image as a tar file or OCI layout folder.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
+@option("--platform", help="os/architecture[/variant], separated by commas; default: all.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(
+    reference: str | None,
+    target: str | None,
+    target_archive: str | None,
+    target_insecure: bool,
+    plain_http: bool,
+    platform: str | None,
+    as_json: bool,
+) -> None:
+    """Say what kind of image REFERENCE is, how large, how much is shared, what is prefetched.
+
+    Of a Nydus image only the metadata is read.
+    """
+    from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.convert.info import describe
+    from nydus.convert.select import select
+
+    place = source_place(
+        reference or target, target_archive, plain_http=plain_http, insecure=target_insecure, option="target"
+    )
+    reader = place.open()
+    _, images = select(reader, place.target, str(place), platforms(platform, not platform), nydus=True)
+    found = [describe(image, reader, str(place)) for image in images]
+    if as_json:
+        document: Any = [dataclasses.asdict(each) for each in found]
+        click.echo(json.dumps(document if len(document) > 1 else document[0], indent=2))
+        return
+    for each in found:
+        _show(each)
+
+
+def _show(found: Info) -> None:
+    rows = [
+        ("Image", found.reference),
+        ("Digest", found.digest),
+        ("Platform", found.platform),
+        ("Kind", _KINDS[found.kind]),
+        ("Size", f"{human(found.size)} in {len(found.layers)} layers"),
+    ]
+    if found.fs_version:
+        rows += [
+            (
+                "RAFS",
+                f"version {found.fs_version}, {found.compressor}, chunks of {found.chunk_size >> 10} KiB",
+            ),
+            ("Files", f"{found.files} files in {found.entries} entries, {human(found.file_size)}"),
+            ("Chunks", f"{found.chunks}; {human(found.shared_size)} of the files' bytes are shared"),
+            ("To start", f"{human(found.size - found.data)} have to be read, the rest follows on demand"),
+            ("Prefetched", ", ".join(found.prefetch) or "nothing"),
+        ]
+    for name, value in (
+        ("Made from", found.source_reference),
+        ("its digest", found.source_digest),
+        ("Made by", found.builder),
+    ):
+        if value:
+            rows.append((name, value))
+    for name, value in rows:
+        click.echo(f"{name + ':':<12} {value}")
+    for layer in found.layers:
+        click.echo(f"  {layer['digest'][7:19]}  {human(layer['size']):>10}  {layer['role']}")

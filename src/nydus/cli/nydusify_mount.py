@@ -1,0 +1,119 @@
+"""``nydusify mount`` (alias ``view``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, given, option, tell_environment
+from nydus.cli.logs import Log
+from nydus.errors import ConfigError, NydusError
+
+
+@click.command(cls=GoCommand, short_help="Mount a Nydus image until interrupted.")
+@option("--target", env="TARGET", help="Reference of the Nydus image.")
+@option("--target-archive", type=click.Path(), help="The image as an OCI layout folder.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
+@option("--backend-type", env="BACKEND_TYPE", help="Read blobs from this backend; default: the registry.")
+@option("--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
+@option("--prefetch", env="PREFETCH", is_flag=True, help="Fetch everything in the background.")
+@option("--mount-path", env="MOUNT_PATH", default="./image-fs", help="Where to mount. [./image-fs]")
+@option("--platform", help="os/architecture; default: this machine's.")
+@option("--work-dir", env="WORK_DIR", default="./tmp", help="For documents, cache and socket. [./tmp]")
+@option(
+    "--nydusd", env="NYDUSD", default="nydusd", help="The daemon to mount with; default: the built-in one."
+)
+@click.pass_context
+def mount(ctx: click.Context, /, **values: Any) -> None:
+    """Mount a Nydus image until interrupted.
+
+    On SIGINT or SIGTERM the image is unmounted, the daemon ended, and all that was made is removed.
+    """
+    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+    from nydus.convert.mounting import backend_of, mounted
+    from nydus.convert.select import select
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    place = source_place(
+        values["target"],
+        values["target_archive"],
+        plain_http=values["plain_http"],
+        insecure=values["target_insecure"],
+        option="target",
+    )
+    if os.geteuid() != 0:
+        raise ConfigError("mounting needs root")
+    backend = _backend(values) or backend_of(place)
+    reader = place.open()
+    _, images = select(reader, place.target, str(place), [one_platform(values["platform"])], nydus=True)
+    image = next((found for found in images if found.is_nydus), None)
+    if image is None:
+        raise NydusError(f"{place}: is not a Nydus image")
+    log.info("pulling bootstrap", image=place)
+    layer = image.manifest.layers[-1]
+    stream = reader.blob(layer.digest, layer.size)
+    try:
+        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{place}: bootstrap layer")
+    finally:
+        stream.close()
+    work_dir, mountpoint = Path(values["work_dir"]), Path(values["mount_path"])
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        made = [path for path in (work_dir, mountpoint) if not path.exists()]
+        work_dir.mkdir(parents=True, exist_ok=True)
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=work_dir, prefix="nydusify-"))
+    except OSError as error:
+        raise NydusError(f"{error.filename}: {error.strerror}") from error
+    try:
+        (folder / "nydus_manifest.json").write_bytes(image.raw_manifest)
+        (folder / "nydus_config.json").write_bytes(image.raw_config)
+        for name, data in files.items():
+            path = folder / "bootstrap" / Path(name).name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        bootstrap = folder / "bootstrap" / Path(BOOTSTRAP).name
+        daemon = values["nydusd"] if given(ctx, "nydusd") else ""
+        log.info("mounting image", image=place)
+        with mounted(
+            backend, bootstrap, mountpoint, folder / "fs", prefetch=values["prefetch"], nydusd=daemon
+        ) as process:
+            log.info(f"mounted at {mountpoint}; Ctrl-C unmounts it")
+            while not stop.wait(0.2):
+                if process.poll() is not None:
+                    raise NydusError(f"nydusd ended with status {process.returncode}")
+        log.info("unmounted")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not os.path.ismount(path) and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _backend(values: dict[str, Any]) -> dict[str, Any] | None:
+    kind, text, file = values["backend_type"], values["backend_config"], values["backend_config_file"]
+    if not kind:
+        return None
+    if bool(text) == bool(file):
+        raise ConfigError("--backend-type needs exactly one of --backend-config and --backend-config-file")
+    try:
+        config = json.loads(text or Path(file).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--backend-config-file {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--backend-config: not valid JSON: {error}") from error
+    return {"type": kind, "config": config}

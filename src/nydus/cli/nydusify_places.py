@@ -1,0 +1,57 @@
+"""What the sub-commands of nydusify have in common: naming images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nydus.oci.model import Platform
+    from nydus.oci.place import SourcePlace
+
+
+def source_place(
+    reference: str | None, archive: str | None, *, plain_http: bool, insecure: bool, option: str
+) -> SourcePlace:
+    """The image that ``--source``/``--target`` or the ``-archive`` option of the same name say.
+
+    An archive may be a tar file or the folder of an OCI layout.
+
+    Raises:
+        ConfigError: neither is given, or the reference is wrong.
+    """
+    from nydus.oci.place import ArchivePlace, LayoutPlace, registry_place
+    from nydus.oci.reference import parse
+
+    if reference and reference.startswith("file://"):
+        archive, reference = reference.removeprefix("file://"), None
+    if archive:
+        path = Path(archive)
+        name = str(parse(reference)) if reference else ""
+        return LayoutPlace(path, name=name) if path.is_dir() else ArchivePlace(path, name=name)
+    if not reference:
+        raise ConfigError(f"--{option} or --{option}-archive is needed")
+    return registry_place(parse(reference), plain_http=plain_http, insecure=insecure)
+
+
+def one_platform(text: str | None) -> Platform:
+    """The platform that ``--platform`` says; this machine's by default."""
+    from nydus.convert.select import host_platform, parse_platform
+
+    if not text:
+        return host_platform()
+    if "," in text:
+        raise ConfigError(f"--platform {text!r}: exactly one platform is needed")
+    return parse_platform(text)
+
+
+def platforms(text: str | None, everything: bool) -> list[Platform] | None:
+    """The platforms of ``--platform`` and ``--all-platforms``; None is all."""
+    from nydus.convert.select import host_platform, parse_platform
+
+    if everything:
+        return None
+    found = [parse_platform(part) for part in (text or "").split(",") if part.strip()]
+    return found or [host_platform()]

@@ -1,0 +1,412 @@
+"""``nydusify check``: is this a sound Nydus image, and the same file system as that one?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
+from nydus.convert.progress import Progress, Silent
+from nydus.convert.select import Image, select
+from nydus.errors import FormatError, NydusError
+from nydus.oci import model
+from nydus.oci.model import Platform
+from nydus.oci.place import Source, SourcePlace
+
+if TYPE_CHECKING:
+    from nydus.rafs.model import Tree
+
+_BOOTSTRAP_TYPES = (model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP, model.OCI_LAYER)
+
+#: Gives the listing of a Nydus image through a mount: (place, image, bootstrap file, work folder).
+Mounted = Callable[["Side", Path], Listing]
+
+
+class CheckError(NydusError):
+    """The image is wrong; the text names the rule."""
+
+    def __init__(self, rule: str, side: str, what: object) -> None:
+        super().__init__(
+            f"validate {rule} failed: {side} image: {what}" if side else f"validate {rule} failed: {what}"
+        )
+
+
+@dataclass(slots=True)
+class Side:
+    """One of the two images.
+
+    Attributes:
+        name: ``source`` or ``target``.
+        nydus, oci: what it has of the wanted platform; a merged index has both.
+        files: of the bootstrap layer.
+        tree: of the bootstrap.
+    """
+
+    name: str
+    place: SourcePlace
+    reader: Source
+    nydus: Image | None = None
+    oci: Image | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    tree: Tree | None = None
+
+    def image(self) -> Image:
+        found = self.nydus or self.oci
+        assert found is not None
+        return found
+
+
+@dataclass(slots=True)
+class Report:
+    """What was verified.
+
+    Attributes:
+        checks: rule -> number of things that it held for.
+    """
+
+    target: str
+    source: str = ""
+    platform: str = ""
+    kind: str = "nydus"
+    fs_version: int = 0
+    mounted: bool = False
+    checks: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def count(self, rule: str, number: int = 1) -> None:
+        self.checks[rule] = self.checks.get(rule, 0) + number
+
+
+def check(
+    target: SourcePlace,
+    source: SourcePlace | None,
+    platform: Platform,
+    work_dir: Path,
+    progress: Progress | None = None,
+    mounted: Mounted | None = None,
+) -> Report:
+    """Checks a Nydus image, and that it is the same as another image.
+
+    Every document, every blob and every chunk is read and verified.
+
+    Args:
+        source: the image it was made of, or another Nydus image of it; None to check the target alone.
+        work_dir: gets the documents and the bootstrap, in ``source`` and ``target``. Kept.
+        mounted: reads the target's files through a mount; None reads them through our own reader.
+
+    Raises:
+        CheckError: something is wrong with the image.
+        NydusError: it cannot be read.
+    """
+    progress = progress or Silent()
+    report = Report(str(target), str(source or ""), str(platform))
+    progress.note("parsing image", image=target)
+    sides = [_parse("target", target, platform)]
+    if source is not None:
+        sides.insert(0, _parse("source", source, platform))
+    mine = sides[-1]
+    if mine.nydus is None:
+        raise CheckError(
+            "manifest", "target", f"{target} is not a Nydus image: its last layer is no bootstrap"
+        )
+    for side in sides:
+        _dump(side, work_dir / side.name, progress)
+    for side in sides:
+        for found in (side.oci, side.nydus):
+            if found is not None:
+                progress.note(
+                    "checking manifest", image=side.place, type="nydus" if found is side.nydus else "oci"
+                )
+                _check_manifest(side, found, report)
+    if len(sides) == 2:
+        _compare_configs(sides[0], sides[1], report)
+    for side in sides:
+        if side.nydus is not None:
+            progress.note("checking bootstrap", image=side.place, type="nydus")
+            _check_bootstrap(side, report)
+    with _temporary(work_dir) as folder:
+        for side in sides:
+            if side.nydus is not None:
+                progress.note("checking blobs", image=side.place, type="nydus")
+                _fetch_blobs(side, folder / side.name, report)
+        progress.note("mounting image" if mounted else "reading image", image=target, type="nydus")
+        files = mounted(mine, folder) if mounted else _listing(mine, folder / "target")
+        report.mounted = mounted is not None
+        report.count("files", len(files))
+        if source is not None:
+            progress.note("reading image", image=source, type="nydus" if sides[0].nydus else "oci")
+            expected = _listing(sides[0], folder / "source")
+            progress.note("comparing filesystem")
+            try:
+                report.count("filesystem", compare(expected, files))
+            except Difference as error:
+                raise CheckError("filesystem", "", error) from error
+    progress.note("verified image", image=target)
+    return report
+
+
+def _parse(name: str, place: SourcePlace, platform: Platform) -> Side:
+    side = Side(name, place, place.open())
+    try:
+        index, images = select(side.reader, place.target, str(place), [platform], nydus=True)
+    except FormatError as error:
+        raise CheckError("manifest", name, error) from error
+    for found in images:
+        if found.is_nydus or found.descriptor.artifact_type == model.NYDUS_MANIFEST:
+            side.nydus = side.nydus or found
+        else:
+            side.oci = side.oci or found
+        config = found.config
+        if not config.os or not config.architecture:
+            raise CheckError("manifest", name, "the config has no os or no architecture")
+        given = found.descriptor.platform
+        if index is not None and given and (given.os, given.architecture) != (config.os, config.architecture):
+            what = f"the config is for {config.platform}, the index says {given}"
+            raise CheckError("manifest", name, what)
+    if index is not None and side.oci and side.nydus is None and name == "target":
+        raise CheckError("manifest", name, f"the index has no Nydus image for {platform}")
+    return side
+
+
+def _dump(side: Side, folder: Path, progress: Progress) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, found in (("oci", side.oci), ("nydus", side.nydus)):
+        if found is None:
+            continue
+        progress.note("dumping manifest", image=side.place, type=kind)
+        (folder / f"{kind}_manifest.json").write_bytes(_indented(found.raw_manifest))
+        (folder / f"{kind}_config.json").write_bytes(_indented(found.raw_config))
+    if side.nydus is None:
+        return
+    progress.note("pulling bootstrap", image=side.place, type="nydus")
+    layer = side.nydus.manifest.layers[-1]
+    where = f"{side.place}: bootstrap layer"
+    try:
+        with side.reader.blob(layer.digest, layer.size) as stream:  # type: ignore[attr-defined]
+            side.files, diff_id = unpack_bootstrap_layer(stream.read(-1), where)
+    except NydusError as error:
+        raise CheckError("bootstrap", side.name, error) from error
+    expected = side.nydus.config.rootfs.diff_ids[-1:]
+    if expected != (diff_id,):
+        wanted = expected[0] if expected else "none"
+        raise CheckError(
+            "bootstrap",
+            side.name,
+            f"wrong diff id of the bootstrap layer: config has {wanted}, it is {diff_id}",
+        )
+    target = folder / "nydus_bootstrap"
+    if target.is_dir():
+        shutil.rmtree(target)
+    for name, data in side.files.items():
+        path = target / name
+        if ".." in Path(name).parts or path.is_absolute() != target.is_absolute():
+            raise CheckError("bootstrap", side.name, f"the bootstrap layer has a file {name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _indented(data: bytes) -> bytes:
+    return json.dumps(json.loads(data), indent=2).encode()
+
+
+def _check_manifest(side: Side, found: Image, report: Report) -> None:
+    def wrong(what: str) -> CheckError:
+        return CheckError("manifest", side.name, what)
+
+    manifest, diff_ids = found.manifest, found.config.rootfs.diff_ids
+    if len(diff_ids) != len(manifest.layers):
+        raise wrong(
+            f"invalid diff ids in image config: {len(diff_ids)} (diff ids) != {len(manifest.layers)} (layers)"
+        )
+    if found is not side.nydus:
+        report.count("manifest", len(manifest.layers))
+        return
+    last = manifest.layers[-1]
+    if last.annotations.get(model.NYDUS_BOOTSTRAP) != "true":
+        raise wrong("the last layer has no annotation that says it is the bootstrap")
+    if last.media_type not in _BOOTSTRAP_TYPES:
+        raise wrong(f"the bootstrap layer has the media type {last.media_type!r}")
+    for number, (layer, diff_id) in enumerate(zip(manifest.layers[:-1], diff_ids, strict=False), 1):
+        if layer.media_type != model.NYDUS_BLOB:
+            raise wrong(f"layer {number} has the media type {layer.media_type!r}, not {model.NYDUS_BLOB}")
+        if layer.annotations.get(model.NYDUS_BLOB_ANNOTATION) != "true":
+            raise wrong(f"layer {number} has no annotation that says it is a Nydus blob")
+        if diff_id != layer.digest:
+            raise wrong(f"layer {number}: its diff id {diff_id} is not its digest {layer.digest}")
+    report.count("manifest", len(manifest.layers))
+
+
+def _compare_configs(source: Side, target: Side, report: Report) -> None:
+    def settings(found: Image) -> dict[str, Any]:
+        return {k: v for k, v in (found.config.config or {}).items() if k != "ArgsEscaped"}
+
+    expected = settings(source.image())
+    for found in (target.oci, target.nydus):
+        if found is None:
+            continue
+        if settings(found) != expected:
+            keys = [k for k in {**expected, **settings(found)} if expected.get(k) != settings(found).get(k)]
+            raise CheckError(
+                "manifest", "target", f"the config differs from the source's in {', '.join(sorted(keys))}"
+            )
+    if target.oci is not None and source.oci is not None:
+        theirs = [layer.digest for layer in source.oci.manifest.layers]
+        mine = [
+            layer for layer in target.oci.manifest.layers if model.NYDUS_EMPTY_LAYER not in layer.annotations
+        ]
+        if [layer.digest for layer in mine] != theirs:
+            raise CheckError(
+                "manifest", "target", "the OCI half of the index has other layers than the source"
+            )
+        for layer in mine:
+            if not target.reader.has_blob(layer.digest):
+                raise CheckError("manifest", "target", f"layer {layer.digest} of the OCI half is not there")
+    report.count("config")
+
+
+def _check_bootstrap(side: Side, report: Report) -> None:
+    from nydus.rafs.verify import verify
+
+    def wrong(what: object) -> CheckError:
+        return CheckError("bootstrap", side.name, what)
+
+    assert side.nydus is not None
+    tree, problems = verify(side.files[BOOTSTRAP], f"{side.place}: {BOOTSTRAP}")
+    if tree is None or problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise wrong(f"{problems[0]}{more}")
+    side.tree = tree
+    layers = side.nydus.manifest.layers
+    version = layers[-1].annotations.get(model.NYDUS_FS_VERSION)
+    if version is None:
+        report.warnings.append(f"{side.name} image: the bootstrap layer does not say its RAFS version")
+    elif version != str(tree.version):
+        raise wrong(f"the annotation says RAFS version {version!r}, the bootstrap is {tree.version}")
+    report.fs_version = tree.version
+    sizes = {layer.digest.partition(":")[2]: layer.size for layer in layers[:-1]}
+    references = {
+        layer.annotations[model.NYDUS_REF].partition(":")[2]
+        for layer in layers
+        if model.NYDUS_REF in layer.annotations
+    }
+    if references:
+        report.kind = "oci-ref"
+    if tree.blobs and not layers[:-1]:
+        raise wrong("its blobs are in a storage backend, which is not supported yet")
+    for blob in tree.blobs:
+        if blob.id in references:
+            if not side.reader.has_blob(f"sha256:{blob.id}"):
+                raise wrong(f"blob {blob.id}, which the image refers to, is not in its repository")
+        elif blob.id not in sizes:
+            raise wrong(f"blob {blob.id} of the bootstrap is not in the manifest")
+        elif sizes[blob.id] < blob.compressed_size:
+            raise wrong(
+                f"blob {blob.id} should have {blob.compressed_size} bytes, its layer has {sizes[blob.id]}"
+            )
+    for name in side.files:
+        blob_id = name.removeprefix("image/").removesuffix(".blob.meta")
+        if name.endswith(".blob.meta") and blob_id not in sizes:
+            raise wrong(f"{name} belongs to no layer")
+    report.count("bootstrap", len(tree))
+
+
+def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
+    """Downloads the blobs, which checks their digests; compares their tables with the bootstrap layer's."""
+    assert side.nydus is not None and side.tree is not None
+    folder.mkdir(parents=True)
+    wanted = {layer.digest: layer.size for layer in side.nydus.manifest.layers[:-1]}
+    for layer in side.nydus.manifest.layers[:-1]:
+        if reference := layer.annotations.get(model.NYDUS_REF):
+            wanted[reference] = -1
+    for digest, size in wanted.items():
+        path = folder / digest.partition(":")[2]
+        try:
+            stream = side.reader.blob(digest, size if size >= 0 else None)
+            try:
+                with open(path, "wb") as file:
+                    while piece := stream.read(1 << 20):
+                        file.write(piece)
+            finally:
+                stream.close()
+        except NydusError as error:
+            raise CheckError("blob", side.name, error) from error
+        except OSError as error:
+            raise NydusError(f"{path}: {error.strerror}") from error
+        report.count("blobs")
+        report.count("blob bytes", path.stat().st_size)
+    _check_metas(side, folder, report)
+
+
+def _check_metas(side: Side, folder: Path, report: Report) -> None:
+    from nydus.rafs import blobmeta
+
+    assert side.tree is not None
+    for blob in side.tree.blobs:
+        name = blob.rafs_digest.hex() if any(blob.rafs_digest) else blob.id
+        copy = side.files.get(f"image/{name}.blob.meta")
+        if copy is None:
+            continue
+        if len(copy) == blobmeta.HEADER_SIZE:  # what the reference writes with lz4: only the header
+            report.warnings.append(f"{side.name} image: image/{name}.blob.meta has no table")
+            continue
+        with open(folder / name, "rb") as file:
+
+            def read(offset: int, size: int, file: Any = file) -> bytes:
+                file.seek(offset)
+                data: bytes = file.read(size)
+                return data
+
+            try:
+                chunks = blobmeta.load(blob, read, f"blob {name}", (folder / name).stat().st_size)
+                kept = blobmeta.from_cache_file(blob, copy, f"image/{name}.blob.meta")
+                if blobmeta.encode(kept) != blobmeta.encode(chunks):
+                    raise FormatError("is not the table of the blob", where=f"image/{name}.blob.meta")
+            except FormatError as error:
+                raise CheckError("bootstrap", side.name, error) from error
+        report.count("chunk tables")
+
+
+def _listing(side: Side, folder: Path) -> Listing:
+    try:
+        if side.nydus is not None:
+            from nydus import image
+            from nydus.storage.backends.localfs import LocalFs
+
+            assert side.tree is not None
+            backend = LocalFs(dir=str(folder))
+            try:
+                return of_image(image.open(side.tree, backend))
+            finally:
+                backend.close()
+        assert side.oci is not None
+        overlay = Overlay(_kept)
+        pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
+        for number, (layer, diff_id) in enumerate(pairs, 1):
+            stream = side.reader.blob(layer.digest, layer.size)
+            try:
+                overlay.apply(stream, diff_id, f"layer {number} of {side.place}")
+            finally:
+                stream.close()
+        return overlay.listing()
+    except NydusError as error:
+        raise CheckError("filesystem", side.name, error) from error
+
+
+def _kept(name: str, value: bytes) -> bool:
+    """RAFS holds the attributes of these name spaces only (and overlayfs hides the others, too)."""
+    from nydus.build.layer import known_xattrs
+
+    return bool(known_xattrs(((name.encode("utf8", "surrogateescape"), value),)))
+
+
+@contextmanager
+def _temporary(work_dir: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=".blobs-") as folder:
+        yield Path(folder)

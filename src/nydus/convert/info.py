@@ -1,0 +1,112 @@
+"""What kind of image this is, and what a person would ask about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+from nydus.convert.select import Image
+from nydus.oci import model
+from nydus.oci.place import Source
+
+
+@dataclass(slots=True)
+class Info:
+    """One image of one platform.
+
+    Attributes:
+        kind: ``oci``, ``nydus``, ``oci-ref`` (an index over ordinary layers) or ``storage-backend`` (blobs
+            are elsewhere).
+        size: bytes of all layers and the config; ``data`` of the layers with file data.
+        layers: what the manifest lists.
+        fs_version, entries, files, file_size, chunks, chunk_size, compressor: of a Nydus image's bootstrap;
+            ``file_size`` is what the files hold together, ``shared_size`` how much of it is stored only once
+            although it occurs several times.
+        prefetch: paths that are fetched first.
+    """
+
+    reference: str
+    digest: str
+    platform: str
+    kind: str
+    size: int
+    layers: list[dict[str, Any]]
+    data: int = 0
+    fs_version: int = 0
+    entries: int = 0
+    files: int = 0
+    file_size: int = 0
+    shared_size: int = 0
+    chunks: int = 0
+    chunk_size: int = 0
+    compressor: str = ""
+    bootstrap_size: int = 0
+    prefetch: list[str] = field(default_factory=list)
+    source_reference: str = ""
+    source_digest: str = ""
+    builder: str = ""
+
+
+def describe(found: Image, reader: Source, reference: str) -> Info:
+    """Looks at one image; of a Nydus image reads the bootstrap, never a blob.
+
+    Raises:
+        FormatError: the bootstrap is damaged.
+        BackendError: it cannot be read.
+    """
+    manifest, annotations = found.manifest, found.manifest.annotations or {}
+    layers = [
+        {"digest": layer.digest, "size": layer.size, "type": layer.media_type, "role": _role(layer)}
+        for layer in manifest.layers
+    ]
+    info = Info(reference, found.descriptor.digest, str(found.platform), _kind(found), found.size, layers)
+    info.data = sum(layer.size for layer in manifest.layers if model.NYDUS_BOOTSTRAP not in layer.annotations)
+    info.source_reference = annotations.get(model.NYDUS_SOURCE_REFERENCE, "")
+    info.source_digest = annotations.get(model.NYDUS_SOURCE_DIGEST, "")
+    info.builder = annotations.get(model.NYDUS_BUILDER_VERSION, "")
+    if found.is_nydus:
+        _read_bootstrap(info, found, reader)
+    return info
+
+
+def _kind(found: Image) -> str:
+    if not found.is_nydus:
+        return "oci"
+    if any(model.NYDUS_REF in layer.annotations for layer in found.manifest.layers):
+        return "oci-ref"
+    return "nydus" if len(found.manifest.layers) > 1 else "storage-backend"
+
+
+def _role(layer: model.Descriptor) -> str:
+    if model.NYDUS_BOOTSTRAP in layer.annotations:
+        return "bootstrap"
+    if reference := layer.annotations.get(model.NYDUS_REF):
+        return f"index of {reference}"
+    return "blob" if model.NYDUS_BLOB_ANNOTATION in layer.annotations else "layer"
+
+
+def _read_bootstrap(info: Info, found: Image, reader: Source) -> None:
+    import numpy as np
+
+    from nydus import rafs
+
+    layer = found.manifest.layers[-1]
+    stream = reader.blob(layer.digest, layer.size)
+    try:
+        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{info.reference}: bootstrap layer")
+    finally:
+        stream.close()
+    tree = rafs.read(files[BOOTSTRAP], f"{info.reference}: {BOOTSTRAP}")
+    nodes = tree.nodes
+    owners = nodes[nodes["link"] == np.arange(len(nodes))]
+    regular = owners[owners["mode"] & 0o170000 == 0o100000]
+    places = np.unique(tree.chunks[["blob_index", "index"]]) if len(tree.chunks) else tree.chunks
+    stored = sum(blob.uncompressed_size for blob in tree.blobs)
+    info.fs_version, info.entries, info.files = tree.version, len(tree), len(regular)
+    info.file_size = int(regular["size"].sum())
+    info.shared_size = max(0, info.file_size - stored)
+    info.chunks, info.chunk_size = len(places), tree.chunk_size
+    info.compressor = ", ".join(sorted({blob.compression.name.lower() for blob in tree.blobs})) or "none"
+    info.bootstrap_size = len(files[BOOTSTRAP])
+    info.prefetch = [tree.path(row).decode(errors="replace") for row in tree.prefetch]

@@ -1,0 +1,131 @@
+"""A Nydus image mounted by a nydusd of its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nydus.errors import ConfigError, MountError, NydusError
+from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 20.0
+
+
+def registry_backend(place: RegistryPlace) -> dict[str, Any]:
+    """The ``device.backend`` of a daemon that reads blobs from the repository of an image."""
+    reference, mine = place.reference, place.credentials
+    config: dict[str, Any] = {
+        "scheme": "http" if place.plain_http else "https",
+        "host": reference.endpoint,
+        "repo": reference.repository,
+        "skip_verify": place.insecure,
+        "timeout": 30,
+        "connect_timeout": 5,
+    }
+    if mine and mine.username and mine.password:
+        config["auth"] = base64.b64encode(f"{mine.username}:{mine.password}".encode()).decode()
+    elif mine and mine.registry_token:
+        config["registry_token"] = mine.registry_token
+    elif mine:
+        raise ConfigError(f"{reference.host}: nydusd cannot use an identity token; log in with a password")
+    return {"type": "registry", "config": config}
+
+
+def backend_of(place: SourcePlace) -> dict[str, Any]:
+    """The ``device.backend`` for an image.
+
+    Raises:
+        ConfigError: the blobs of an archive cannot be mounted in place.
+    """
+    if isinstance(place, RegistryPlace):
+        return registry_backend(place)
+    if isinstance(place, LayoutPlace):
+        folder = (place.path / "blobs" / "sha256").absolute()
+        return {"type": "localfs", "config": {"dir": str(folder)}}
+    raise ConfigError(f"{place}: the image in an archive cannot be mounted; unpack the archive first")
+
+
+@contextmanager
+def mounted(
+    backend: dict[str, Any],
+    bootstrap: Path,
+    mountpoint: Path,
+    folder: Path,
+    *,
+    prefetch: bool = False,
+    nydusd: str = "",
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Mounts an image while the context lasts; afterwards nothing is left of mount and daemon.
+
+    Args:
+        mountpoint: an existing folder.
+        folder: for the daemon's configuration, socket, log and cache.
+        nydusd: command; the one of this package by default.
+
+    Yields:
+        The daemon.
+
+    Raises:
+        MountError: the daemon did not get the image mounted; the text is its own.
+    """
+    from nydus.daemon.client import DaemonClient
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = folder / "nydus_blobs"
+    config = {
+        "device": {
+            "backend": backend,
+            "cache": {"type": "blobcache", "config": {"work_dir": str(cache.absolute())}},
+        },
+        "mode": "direct",
+        "digest_validate": False,
+        "iostats_files": False,
+        "enable_xattr": True,
+        "fs_prefetch": {"enable": prefetch, "threads_count": 4, "merging_size": 131072},
+    }
+    config_file, socket, log = folder / "nydusd_config.json", folder / "nydus_api.sock", folder / "nydusd.log"
+    descriptor = os.open(config_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # it may hold a password
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(config, file)
+    socket.unlink(missing_ok=True)
+    command = [nydusd] if nydusd else [sys.executable, "-P", "-m", "nydus.cli.nydusd"]
+    command += ["--config", str(config_file), "--mountpoint", str(mountpoint), "--bootstrap", str(bootstrap)]
+    command += ["--apisock", str(socket), "--log-level", "warn"]
+    try:
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+    except OSError as error:
+        raise MountError(f"cannot start {command[0]}: {error.strerror}") from error
+    try:
+        try:
+            DaemonClient(socket).wait("RUNNING", timeout=_START_SECONDS)
+        except NydusError as error:
+            process.poll()
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise MountError(f"nydusd did not mount the image: {lines[-1] if lines else error}") from error
+        yield process
+    finally:
+        _stop(process, mountpoint)
+
+
+def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if os.path.ismount(mountpoint):  # it died without doing this itself
+        subprocess.run(["umount", "-l", str(mountpoint)], check=False, capture_output=True)
