@@ -134,25 +134,28 @@ def save(figures: Sequence[Figure], about: dict[str, Any], folder: Path) -> tupl
 
 
 def plot(figures: Sequence[Figure], path: Path) -> None:
-    """Draw each figure as our share of the ordinary way's; shorter bars are better for us."""
+    """Draw times as our share of the ordinary way's, logarithmic; further left is better for us."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pictured, axis = pyplot.subplots(figsize=(9, 0.55 * len(figures) + 1.2), layout="constrained")
-    names = [one.name for one in figures]
-    ratios = [one.ratio or 0 for one in figures]
-    colors = ["#b0533c" if one.met is False else "#2a9d5c" for one in figures]
-    axis.barh(names, ratios, color=colors, height=0.6)
-    for row, one in enumerate(figures):
+    times = [one for one in figures if one.unit == "s"]
+    ratios = [one.ratio or 1.0 for one in times]
+    picture, axis = pyplot.subplots(figsize=(10, 0.42 * len(times) + 1), layout="constrained")
+    axis.set_xscale("log")
+    least = min(ratios) / 2
+    colors = {True: "#2a9d5c", False: "#b0533c", None: "#8fa3ad"}
+    for row, (one, ratio) in enumerate(zip(times, ratios, strict=True)):
+        axis.barh(row, ratio - least, left=least, color=colors[one.met], height=0.6)
         limit = one.most_ratio or (1 / one.least_ratio if one.least_ratio else None)
         if limit:
             axis.plot([limit, limit], [row - 0.4, row + 0.4], color="black", linewidth=2)
-        text = f" {one.ratio:.2f}×  ({show(one.value, one.unit)} / {show(one.other_value or 0, one.unit)})"
-        axis.text(one.ratio or 0, row, text, va="center", fontsize=8)
+        text = f"{ratio:.2f}×   {show(one.value, one.unit)} / {show(one.other_value or 0, one.unit)}"
+        axis.text(1.02, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.axvline(1, color="gray", linestyle=":", linewidth=1)
-    axis.set(xlabel="ours / the ordinary way's (black: the aim; dotted: equal)", xlim=(0, max(ratios) * 1.5))
+    axis.set_yticks(range(len(times)), [f"{one.name}  ({one.other_name})" for one in times], fontsize=9)
+    axis.set(xlabel="our time / the ordinary way's (black: the aim; dotted: equal)", xlim=(least, None))
     axis.invert_yaxis()
-    pictured.savefig(path, dpi=120)
-    pyplot.close(pictured)
+    picture.savefig(path, dpi=110)
+    pyplot.close(picture)

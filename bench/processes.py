@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import tempfile
@@ -24,7 +25,9 @@ class Cost:
 
 
 def timed(command: Sequence[str | Path]) -> Cost:
-    """Run a command to its end; CPU and memory include its children that it waited for."""
+    """Run a command, and what it leaves running, to the end; CPU and memory include its descendants."""
+    adopt_orphans()
+    before = set(children(os.getpid()))
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.monotonic()
         process = subprocess.Popen(
@@ -32,6 +35,7 @@ def timed(command: Sequence[str | Path]) -> Cost:
         )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - start
+        usages = [usage, *(os.wait4(orphan, 0)[2] for orphan in set(children(os.getpid())) - before)]
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
@@ -39,15 +43,28 @@ def timed(command: Sequence[str | Path]) -> Cost:
     if process.returncode:
         last = complaints.decode(errors="replace").strip()[-500:]
         raise NydusError(f"{' '.join(map(str, command))} failed with {process.returncode}: {last}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, said.decode(errors="replace"))
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return Cost(wall, cpu, max(usage.ru_maxrss for usage in usages) / 1024, said.decode(errors="replace"))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parents end, so that they can be waited for."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
 
 
 def family(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
     for process in found:
-        for children in Path(f"/proc/{process}/task").glob("*/children"):
-            found += map(int, children.read_text().split())
+        found += children(process)
     return found
 
 
