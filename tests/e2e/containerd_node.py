@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 
+from nydus.convert.copy import copy
 from nydus.demo.containerd import PrivateContainerd, PrivateSnapshotter, push_pause_image
 from nydus.demo.cri import Container, Pod
+from nydus.oci.place import ArchivePlace, registry_place
+from nydus.oci.reference import parse
 from nydus.oci.registry import Registry
 from nydus.oci.server import RegistryServer
 from nydus.snapshotter.daemons import mounts_below
 
 LIST = ("snapshots", "--snapshotter", "nydus", "ls")
-NAMES = ("containerd", "runc", "ctr", "skopeo", "busybox")
+NAMES = ("containerd", "runc", "ctr", "busybox")
 
 
 class Node:
     """Everything below one short directory. A context manager that checks that nothing is left of it."""
 
-    def __init__(self, mode: str = "dedicated") -> None:
+    def __init__(self, mode: str = "dedicated", *options: str) -> None:
         self.mode = mode
         # pytest's own directories are too deep for sockets; a directory on the same disk is not.
         self.directory = Path(tempfile.mkdtemp(prefix="node-"))
         self.root = self.directory / "s"
-        self.snapshotter = PrivateSnapshotter(self.root, "--daemon-mode", mode)
+        self.snapshotter = PrivateSnapshotter(self.root, "--daemon-mode", mode, *options)
         self.server = RegistryServer(self.directory / "registry")
         self.host = self.server.host
         self.containerd = PrivateContainerd(
@@ -64,9 +66,13 @@ class Node:
 
     def start_snapshotter(self) -> None:
         self.snapshotter.start()
-        # containerd tries to connect again only now and then.
+        if self._connected:
+            self.wait_for_containerd()
+
+    def wait_for_containerd(self) -> None:
+        """containerd tries to connect to a snapshotter that was away only now and then."""
         end = time.monotonic() + 20
-        while self._connected and self.containerd.ctr(*LIST, check=False).returncode:
+        while self.containerd.ctr(*LIST, check=False).returncode:
             assert time.monotonic() < end, "containerd does not come back to the snapshotter"
             time.sleep(0.1)
 
@@ -80,17 +86,7 @@ class Node:
     def push(self, archive: Path, tag: str) -> str:
         """Push an OCI archive to the repository ``run``; returns its reference."""
         reference = f"{self.host}/run:{tag}"
-        subprocess.run(
-            [
-                "skopeo",
-                "copy",
-                "-q",
-                "--dest-tls-verify=false",
-                f"oci-archive:{archive}",
-                f"docker://{reference}",
-            ],
-            check=True,
-        )
+        copy(ArchivePlace(archive), registry_place(parse(reference), plain_http=True))
         return reference
 
     def run(self, reference: str, *command: str) -> tuple[int, str]:

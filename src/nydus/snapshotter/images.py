@@ -27,6 +27,7 @@ from nydus.errors import FormatError, NydusError
 from nydus.oci import reference as references
 from nydus.snapshotter import daemons, template
 from nydus.snapshotter import labels as label
+from nydus.snapshotter.access import Access
 from nydus.snapshotter.config import Config, duration
 from nydus.snapshotter.daemons import Daemon, Launcher, Watcher
 from nydus.snapshotter.database import Database
@@ -96,6 +97,7 @@ class Images:
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._cache_lock = threading.Lock()
         self._executor = ThreadPoolExecutor(MAX_STARTS, "image")
+        self._access = Access()
         self._watcher = Watcher()
         with database.transaction() as db:
             for statement in _SCHEMA:
@@ -146,12 +148,16 @@ class Images:
             NydusError: the bootstrap is missing or not one.
         """
         blobs = _blobs(self._bootstrap(meta))
+        if blobs and self._template.backend == "registry" and label.image_reference(meta.labels):
+            self._access.ask(meta.id, self._backend(meta), blobs[0])
         with self._cache_lock, self._database.transaction() as db:
             db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", [(meta.id, blob) for blob in blobs])
 
     def recover(self) -> None:
         """Adopt the daemons of an earlier run, start those again whose mounts are dead. Does not wait."""
-        for instance in self._instances():
+        instances = self._instances()
+        self._executor.submit(self._end_unknown, {instance.daemon for instance in instances})
+        for instance in instances:
             self._executor.submit(self._recover, instance)
 
     # Removing
@@ -220,6 +226,7 @@ class Images:
                 self._stopping.add(instance.daemon)
             for daemon in {self._daemon(instance.daemon) for instance in self._instances()}:
                 daemon.stop()
+        self._access.close()
         self._watcher.close()
 
     # Inside: the life of an instance
@@ -227,8 +234,11 @@ class Images:
     def _mount(self, meta: Snapshot) -> Path:
         try:
             instance = self._instance(meta)
+            rows = self._database.query("SELECT blob FROM blobs WHERE snapshot = ? LIMIT 1", meta.id)
+            if rows and self._template.backend == "registry":
+                self._access.check(meta.id, self._backend(meta), rows[0][0])
             with self._key_lock(instance.key):
-                where = self._ensure(instance, meta.labels)
+                where = self._ensure(instance, meta)
             self._ready[meta.id] = where
             return where
         finally:
@@ -254,10 +264,6 @@ class Images:
             rows = self._database.query("SELECT id, key, image, daemon FROM instances WHERE key = ?", key)
             daemon = SHARED if self._config.shared else str(meta.id)
             instance = Instance(*rows[0]) if rows else Instance(meta.id, key, image, daemon)
-            if not rows:
-                directory = self._directory(instance)
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _link(bootstrap, directory / "image.boot")
             with self._database.transaction() as db:
                 db.execute(
                     "INSERT OR IGNORE INTO instances VALUES (?, ?, ?, ?)", msgspec.structs.astuple(instance)
@@ -265,8 +271,8 @@ class Images:
                 db.execute("INSERT OR IGNORE INTO uses VALUES (?, ?)", (meta.id, instance.id))
         return instance
 
-    def _ensure(self, instance: Instance, labels: dict[str, str]) -> Path:
-        """Make the instance mounted and served; called with its lock held."""
+    def _ensure(self, instance: Instance, meta: Snapshot) -> Path:
+        """Make the instance, which ``meta`` uses, mounted and served; called with its lock held."""
         where = self._mountpoint(instance)
         daemon = self._daemon(instance.daemon)
         alive = daemon.alive()
@@ -274,22 +280,25 @@ class Images:
             self._watch(instance, daemon)
             return where
         started = time.monotonic()
-        reference = _reference(labels, self._template.backend)
+        reference = _reference(meta.labels, self._template.backend)
         directory = self._directory(instance)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         bootstrap = directory / "image.boot"
+        if not bootstrap.exists():
+            _link(self._bootstrap(meta), bootstrap)
         if instance.daemon == SHARED:
             with self._key_lock(SHARED):
                 if not daemon.alive():
                     daemon.stop()
                     daemon.start(self._launcher, self._arguments())
-            document = self._template.fill(f"/{instance.id}", reference, labels)
+            document = self._template.fill(f"/{instance.id}", reference, meta.labels)
             template.write(directory / "config.json", document)
             with suppress(DaemonError):
                 daemon.client.umount(f"/{instance.id}")
             daemon.client.mount(f"/{instance.id}", bootstrap, document)
         else:
             daemon.stop()
-            document = self._template.fill("/", reference, labels)
+            document = self._template.fill("/", reference, meta.labels)
             template.write(directory / "config.json", document)
             config = ["--config", str(directory / "config.json"), "--bootstrap", str(bootstrap)]
             daemon.start(self._launcher, config + self._arguments())
@@ -310,24 +319,17 @@ class Images:
         self._ready = {
             snapshot: at for snapshot, at in self._ready.items() if at != self._mountpoint(instance)
         }
-        daemon = self._daemon(instance.daemon)
+        where = self._mountpoint(instance)
         if others:
             with suppress(DaemonError):
-                daemon.client.umount(f"/{instance.id}")
-            daemons.detach(self._mountpoint(instance))
+                self._daemon(instance.daemon).client.umount(f"/{instance.id}")
+            daemons.detach(where)
+            with suppress(OSError):
+                where.rmdir()
+            shutil.rmtree(self._directory(instance), ignore_errors=True)
         else:
             with self._key_lock(instance.daemon):
-                self._stopping.add(instance.daemon)
-                daemon.stop()
-                shutil.rmtree(daemon.socket_path.parent, ignore_errors=True)
-                shutil.rmtree(daemon.log_file.parent, ignore_errors=True)
-        with suppress(OSError):
-            self._mountpoint(instance).rmdir()
-        if not others:
-            with suppress(OSError):
-                daemon.mountpoint.rmdir()
-        directory = self._directory(instance)
-        shutil.rmtree(directory if others else directory.parent, ignore_errors=True)
+                self._end(instance.daemon)
         log.info("unmounted %s", instance.image)
 
     def _recover(self, instance: Instance) -> None:
@@ -341,6 +343,33 @@ class Images:
                 # Otherwise the machine was restarted: it is mounted when somebody asks for it.
         except (NydusError, OSError) as error:
             log.error("cannot bring back %s: %s", instance.image, error)
+
+    def _end_unknown(self, known: set[str]) -> None:
+        """End what was forgotten and not ended yet when an earlier run was killed."""
+        for place in ("mnt", "config", "socket"):
+            with suppress(FileNotFoundError):
+                for path in list((self._root / place).iterdir()):
+                    if path.name in known or self._database.query(
+                        "SELECT 1 FROM instances WHERE daemon = ?", path.name
+                    ):
+                        continue
+                    try:
+                        self._end(path.name)
+                    except (NydusError, OSError) as error:
+                        log.warning("cannot end daemon %s of an earlier run: %s", path.name, error)
+
+    def _end(self, name: str) -> None:
+        """End a daemon and remove its files."""
+        daemon = self._daemon(name)
+        with self._lock:
+            self._stopping.add(name)
+        daemon.stop()
+        for directory in (daemon.socket_path.parent, daemon.log_file.parent, self._root / "config" / name):
+            shutil.rmtree(directory, ignore_errors=True)
+        # Only what is empty: it may be somebody's mount after all.
+        for path in (*daemon.mountpoint.glob("*"), daemon.mountpoint):
+            with suppress(OSError):
+                path.rmdir()
 
     def _watch(self, instance: Instance, daemon: Daemon) -> None:
         with self._lock:
@@ -380,7 +409,7 @@ class Images:
             instance.id,
         )
         if rows:
-            self._ensure(instance, self._store.get(rows[0][0]).labels)
+            self._ensure(instance, self._store.get(rows[0][0]))
 
     # Inside: names and places
 
@@ -409,6 +438,11 @@ class Images:
         if settings.threads_number:
             arguments += ["--thread-num", str(settings.threads_number)]
         return arguments
+
+    def _backend(self, meta: Snapshot) -> dict[str, Any]:
+        reference = _reference(meta.labels, self._template.backend)
+        backend: dict[str, Any] = self._template.fill("/", reference, meta.labels)["device"]["backend"]
+        return backend
 
     def _bootstrap(self, meta: Snapshot) -> Path:
         directory = self._store.directory(meta.id) / "fs"
@@ -473,8 +507,10 @@ def _blobs(bootstrap: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
+    """Give a file a second name, or where that is not possible a copy, whole or not at all."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        aside = target.with_suffix(".new")
+        shutil.copyfile(source, aside)
+        aside.rename(target)
