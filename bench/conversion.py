@@ -75,7 +75,7 @@ def run(image: BenchImage, folder: Path, repeats: int, say: Callable[[str], None
             say(f"conversion {number + 1}/{repeats}")
             target = f"{address}/bench/target-{number}:nydus"
             plain = ["--plain-http"]
-            ours = timed([NYDUSIFY, "convert", "--source", source, "--target", target, *plain])
+            ours = timed([NYDUSIFY, "convert", "--source", source, "--target", target, *plain, "--no-reuse"])
             for figure, value in ((wall, ours.wall), (cpu, ours.cpu), (peak, ours.peak)):
                 figure.ours.append(value)
             if skopeo := shutil.which("skopeo"):
