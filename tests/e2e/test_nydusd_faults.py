@@ -1,4 +1,4 @@
-"""What happens when processes are killed and bytes are wrong: right bytes or EIO, never zeros, never a hang."""
+"""What happens when processes are killed and bytes are wrong: right bytes or EIO; no zeros, no hang."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Image
 from nydusd_process import Nydusd, localfs_config
 
+from conftest import Image
 from nydus.daemon.client import DaemonError
 
 pytestmark = pytest.mark.root

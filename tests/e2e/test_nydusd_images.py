@@ -39,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
         found |= {"size": info.st_size, "sha256": hashlib.sha256(data).hexdigest()}
         assert len(data) == info.st_size
     elif stat.S_ISLNK(info.st_mode):
-        found["target"] = os.readlink(path)
+        found["target"] = str(path.readlink())
     elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
         found["rdev"] = [os.major(info.st_rdev), os.minor(info.st_rdev)]
     xattrs = {
