@@ -35,6 +35,7 @@ def mount(bootstrap: Path | str, devices: Sequence[Path | str], mountpoint: Path
 def open_detached(bootstrap: Path | str, devices: Sequence[Path | str]) -> int:
     """Like :func:`mount`, but gives a descriptor of a mount that is nowhere in the tree yet."""
     opened: list[int] = []
+    kernel_log = _KernelLog()
     try:
         with syscalls.FsContext("erofs") as context:
             context.set("source", _short(bootstrap, opened))
@@ -46,8 +47,10 @@ def open_detached(bootstrap: Path | str, devices: Sequence[Path | str]) -> int:
             # do in a container, whose overlay has flags of its own.)
             return context.mount(syscalls.ATTR_RDONLY | syscalls.ATTR_NODEV | syscalls.ATTR_NOSUID)
     except OSError as error:
-        raise MountError(f"{bootstrap}: the kernel refuses the image: {_explain(error)}") from error
+        text = "; ".join([_explain(error), *kernel_log.said()])
+        raise MountError(f"{bootstrap}: the kernel refuses the image: {text}") from error
     finally:
+        kernel_log.close()
         for fd in opened:
             os.close(fd)
 
@@ -65,6 +68,32 @@ def umount(mountpoint: Path | str) -> None:
             raise MountError(f"{mountpoint}: cannot unmount: {error.strerror}") from error
         with suppress(OSError):
             syscalls.detach(mountpoint)
+
+
+class _KernelLog:
+    """What EROFS writes into the kernel's log from now on: its reasons are nowhere else."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        with suppress(OSError):  # only root may read it
+            self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._fd, 0, os.SEEK_END)
+
+    def said(self) -> list[str]:
+        lines: list[str] = []
+        while self._fd >= 0 and len(lines) < 4:
+            try:
+                record = os.read(self._fd, 8192).decode(errors="replace")
+            except OSError:
+                break
+            text = record.partition(";")[2].partition("\n")[0]
+            if text.startswith("erofs"):
+                lines.append(text.partition(": ")[2] or text)
+        return lines
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 def _short(path: Path | str, opened: list[int]) -> str:
