@@ -28,7 +28,7 @@ OURS = str(Path(sys.executable).with_name("ctr-remote"))
 SAYS = "hello from a lazy image\napp/data.bin: OK\n"
 
 
-@pytest.fixture(scope="module", params=["dedicated", "shared"])
+@pytest.fixture(scope="module", params=["dedicated", pytest.param("shared", marks=pytest.mark.slow)])
 def node(request: pytest.FixtureRequest) -> Iterator[Node]:
     with Node(request.param) as made:
         yield made

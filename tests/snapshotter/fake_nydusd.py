@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 
 parser = argparse.ArgumentParser()
 parser.add_argument("mode")
+for option in ("log-file", "log-rotation-size"):
+    parser.add_argument(f"--{option}")
 for option in ("config", "bootstrap", "mountpoint", "apisock", "log-level", "failover-policy", "thread-num"):
     parser.add_argument(f"--{option}")
 arguments = parser.parse_args()

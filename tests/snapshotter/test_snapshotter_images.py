@@ -227,6 +227,22 @@ def test_a_restart_adopts_what_runs(node: Node) -> None:
     assert node.daemon_pids() == pids
 
 
+def test_the_mode_may_change(node: Node) -> None:
+    """What runs goes on as it is; what comes next follows the new mode."""
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    before = node.lower("c1")
+    node.mode = {"shared": "dedicated", "dedicated": "shared"}[node.mode]
+    node.restart()
+    node.images.recover()
+    node.pull("two", b"another")
+    node.snapshotter.prepare("c2", "two/meta", {})
+    assert node.lower("c1") == before
+    assert (node.lower("c2") / "image.boot").read_bytes() == b"another"
+    assert len(node.daemon_pids()) == 2
+    assert {path.parent.name == "shared" for path in (before, node.lower("c2"))} == {True, False}
+
+
 def test_a_dead_daemon_comes_back(node: Node) -> None:
     node.pull("one")
     node.snapshotter.prepare("c1", "one/meta", {})

@@ -118,6 +118,8 @@ server = "https://example.com:5000"
   [host."http://127.0.0.1:65001".header]
     X-Dragonfly-Registry = ["https://example.com:5000", "second"]
 [host."backup.example.com"]
+[host."https://push.example.com"]
+  capabilities = ["push"]
 """,
     )
     template = Template(None, tmp_path, tmp_path / "h")

@@ -214,7 +214,7 @@ def load(path: Path | None, overrides: dict[str, Any]) -> tuple[Config, list[str
             document = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not TOML: {error}") from None
         if document.get("version") != 1:
             raise ConfigError(

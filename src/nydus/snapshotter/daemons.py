@@ -62,6 +62,7 @@ class Daemon:
         self.socket_path.unlink(missing_ok=True)
         said = self.log_file.stat().st_size if self.log_file.exists() else 0
         argv = ["fuse", *arguments, "--mountpoint", str(self.mountpoint), "--apisock", str(self.socket_path)]
+        argv += ["--log-file", str(self.log_file)]
         pid = launcher.spawn(argv, log=self.log_file)
         end = time.monotonic() + START_TIMEOUT
         pause = 0.002

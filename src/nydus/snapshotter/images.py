@@ -435,6 +435,8 @@ class Images:
     def _arguments(self) -> list[str]:
         settings = self._config.daemon
         arguments = ["--log-level", self._config.log.level, "--failover-policy", settings.failover_policy]
+        if settings.log_rotation_size:
+            arguments += ["--log-rotation-size", str(settings.log_rotation_size)]
         if settings.threads_number:
             arguments += ["--thread-num", str(settings.threads_number)]
         return arguments

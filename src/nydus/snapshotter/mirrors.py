@@ -50,12 +50,16 @@ def load(directory: Path, host: str) -> Hosts:
 def _parse(path: Path) -> Hosts:
     try:
         document = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     server, tables = document.get("server", ""), document.get("host", {})
     if not isinstance(server, str) or not isinstance(tables, dict):
         raise ConfigError(f"{path}: server must be a string and host a table")
-    mirrors = tuple(_mirror(path, url, table) for url, table in tables.items())
+    mirrors = tuple(
+        _mirror(path, url, table)
+        for url, table in tables.items()
+        if not isinstance(table, dict) or "pull" in table.get("capabilities", ["pull"])
+    )
     return Hosts(server=_origin(path, server) if server else "", mirrors=mirrors)
 
 

@@ -58,7 +58,7 @@ class Template:
                 self._document = json.loads(path.read_bytes())
             except OSError as error:
                 raise ConfigError(f"{path}: {error.strerror}") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}: not JSON: {error}") from None
         try:
             self.backend = str(self._document["device"]["backend"]["type"])
