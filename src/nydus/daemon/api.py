@@ -282,7 +282,7 @@ def _query(request: Request, key: str) -> str:
 def _body(request: Request, form: Any) -> Any:
     try:
         return msgspec.json.decode(request.body, type=form)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _Refusal(400, f'ParseBody(Error("{error}"))') from None
 
 

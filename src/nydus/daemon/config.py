@@ -137,7 +137,7 @@ def parse(text: str | bytes, where: str = "configuration") -> DaemonConfig:
         raise ConfigError(f"{where}: larger than {_MAX_BYTES} bytes")
     try:
         document = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{where}: expected an object, got {type(document).__name__}")

@@ -70,7 +70,7 @@ def docker_credentials(host: str, config_dir: str | os.PathLike[str] | None = No
         config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a JSON object")
@@ -128,7 +128,7 @@ def _ask_helper(name: str, server: str) -> Credentials | None:
     try:
         answer = json.loads(done.stdout)
         user, secret = str(answer["Username"]), str(answer["Secret"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"credential helper {command} gave no Username and Secret") from error
     return Credentials(identity_token=secret) if user == "<token>" else Credentials(user, secret)
 
@@ -261,7 +261,7 @@ class Authorizer:
             answer = json.loads(body)
             value = answer.get("token") or answer.get("access_token")
             lifetime = float(answer.get("expires_in") or 60)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise BackendError(f"{where} gave no valid JSON", permanent=True) from error
         if not isinstance(value, str) or not value or not value.isprintable():
             raise BackendError(f"{where} gave no token", permanent=True)
@@ -304,7 +304,7 @@ def error_words(body: bytes) -> str:
             text = str(
                 document.get("error_description") or document.get("details") or document.get("message") or ""
             )
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = body[:200].decode(errors="replace")
         if "<" in text:  # an HTML page of some proxy
             text = ""
