@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -397,3 +400,51 @@ def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> N
     assert len(cached()) == 4
     with pytest.raises(NydusError, match="is not a build cache"):
         image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))
+
+
+def layer_of(*names: str, mode: int = 0o755) -> bytes:
+    """A gzip tar of empty files and (with a slash at the end) directories."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name.rstrip("/"))
+            entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            entry.mode, entry.uid, entry.mtime = mode, 7, 1234567
+            archive.addfile(entry)
+    return buffer.getvalue()
+
+
+def put_image(server: FaultyRegistry, tag: str, *layers: bytes) -> RegistryPlace:
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        diff_ids = [model.digest(gzip.decompress(layer)) for layer in layers]
+        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        manifest = model.Manifest(
+            schema_version=2,
+            media_type=model.OCI_MANIFEST,
+            config=repository.put_blob(model.encode(config), model.OCI_CONFIG),
+            layers=tuple(repository.put_blob(layer, model.OCI_LAYER_GZIP) for layer in layers),
+        )
+        repository.put_manifest(tag, model.encode(manifest), model.OCI_MANIFEST)
+    return place(f"{server.host}/small:{tag}")
+
+
+def test_a_directory_that_a_layer_only_implies_keeps_its_attributes(
+    server: FaultyRegistry, tmp_path: Path
+) -> None:
+    """Otherwise /secret of the lower layer would become readable by everybody."""
+    lower, upper = layer_of("secret/", "secret/a", mode=0o700), layer_of("secret/b", "new/c")
+    source = put_image(server, "implied", lower, upper)
+    options = ConvertOptions(record=tmp_path / "record")
+    for tag in ("n1", "n2"):  # the second from the record
+        result = image(source, place(f"{server.host}/small:{tag}"), options)
+        found = listing(tree_of(place(f"{server.host}/small:{tag}").open(), tag))
+        assert found["/secret"][:2] == (0o40700, 7) and found["/secret"][4] == 1234567
+        assert found["/new"][:2] == (0o40755, 0)
+    assert [layer.reused for layer in result.layers] == [True, True]
+
+
+def test_many_layers(server: FaultyRegistry) -> None:
+    layers = [layer_of(f"d{number}/", f"d{number}/f") for number in range(127)]
+    image(put_image(server, "many", *layers), place(f"{server.host}/small:nydus"))
+    assert len(listing(tree_of(place(f"{server.host}/small:nydus").open(), "nydus"))) == 255

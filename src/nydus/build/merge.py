@@ -11,7 +11,7 @@ import numpy as np
 
 from nydus.build.tree import gather_runs, group_links
 from nydus.errors import NydusError
-from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, SuperFlag, Tree, Xattrs
+from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, NodeFlag, SuperFlag, Tree, Xattrs
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -47,6 +47,9 @@ class _Overlay:
         self.spec = whiteout
         sizes = [len(layer) for layer in layers]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        #: Implied directories and the ones below, whose attributes they keep (as an unpacked layer would).
+        self.attributes: dict[_Node, _Node] = {}
+        self.implied = [(layer.nodes["flags"] & NodeFlag.IMPLIED != 0).tolist() for layer in layers]
         #: Contents of the directories that differ from those of their layer.
         self.changed: dict[_Node, dict[bytes, _Node]] = {}
         self.columns = [
@@ -131,6 +134,8 @@ class _Overlay:
                     below = merged.get(name)
                     if below is not None and not self.is_directory(below):
                         below = None
+                    if below is not None and self.implied[layer][node - base]:
+                        self.attributes[node] = self.attributes.get(below, below)
                     stack.append((node - base, below))
             if merged or dropped:
                 merged.update(added)
@@ -219,6 +224,12 @@ def overlay(
         names, targets = names + len(layer.names), targets + len(layer.targets)
         chunks, sets = chunks + len(layer.chunks), sets + len(layer.xattrs)
         links, blobs = links + len(layer), blobs + len(layer.blobs)
+    if merged.attributes:
+        above, below = (
+            np.array(list(part), np.int64) for part in zip(*merged.attributes.items(), strict=True)
+        )
+        for column in ("mode", "uid", "gid", "mtime", "mtime_ns", "rdev", "xattr"):
+            stacked[column][above] = stacked[column][below]
     nodes = stacked[numbers]
     nodes["parent"], nodes["first_child"], nodes["child_count"] = parents, first_child, child_count
     nodes["name_length"][0] = 0

@@ -232,6 +232,7 @@ class TreeBuilder:
                 if len(part) > NAME_MAX:
                     raise self._fail("a name is too long", path)
                 number = entries[part] = self.add_inode(_IMPLICIT_MODE, rdev=self._rdev)
+                struct.pack_into("<H", self._rows, number * _SIZE + _FLAGS_AT, NodeFlag.IMPLIED)
             if number in self._children:
                 stack.append(number)
                 continue

@@ -21,6 +21,8 @@ from nydus.oci.place import RegistryPlace, Source
 
 #: Annotation of a cached layer: what :class:`_Entry` holds, as JSON.
 ENTRY = "dev.pynydus.build-cache"
+#: What some tools and stores allow for one annotation.
+_MAX_ENTRY = 4096
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -28,6 +30,7 @@ class _Entry(msgspec.Struct, frozen=True):
     bootstrap: str
     toc: str
     toc_size: int
+    implied: tuple[str, ...] = ()
 
 
 class BuildCache:
@@ -80,6 +83,7 @@ class BuildCache:
                     toc=entry.toc,
                     toc_size=entry.toc_size,
                     repository=self.repository,
+                    implied=entry.implied,
                 )
         return found
 
@@ -100,8 +104,10 @@ class BuildCache:
         link_from = repository.partition("/")[2] if same_host else ""
         added = []
         for source_digest, known in layers.items():
+            entry = _Entry(key, known.bootstrap, known.toc, known.toc_size, known.implied)
+            if len(model.encode(entry)) > _MAX_ENTRY:
+                continue
             copy_blob(target, sink, LayerProgress(0, known.digest, known.size), link_from)
-            entry = _Entry(key, known.bootstrap, known.toc, known.toc_size)
             annotations = {
                 model.NYDUS_BLOB_ANNOTATION: "true",
                 model.NYDUS_SOURCE_DIGEST: source_digest,

@@ -322,8 +322,10 @@ class Overlay:
             node.children.pop(parts[-1].removeprefix(_WHITEOUT), None)
 
     def _merge(self, below: _Node, above: _Node) -> None:
-        if above.entry.mtime is not None:  # not merely implied
+        if above.entry.mtime is not None:
             below.entry = above.entry
+        else:  # Only implied: it keeps its attributes. The reference gives it no time, so none is compared.
+            below.entry.mtime = None
         assert above.children is not None and below.children is not None
         for name, node in above.children.items():
             old = below.children.get(name)

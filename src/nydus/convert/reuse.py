@@ -38,6 +38,8 @@ class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         toc, toc_size: sha256 (hex) and size of its table of contents; "" and 0 without one.
         repository: ``host/name`` where it was stored last.
         source: digest of the layer it was made of.
+        implied: directories that the layer only implies, which its bootstrap does not tell; as Latin-1, so
+            that any bytes can be written.
     """
 
     digest: model.Digest
@@ -47,6 +49,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     toc_size: int = 0
     repository: str = ""
     source: str = ""
+    implied: tuple[str, ...] = ()
 
 
 def options_key(options: ConvertOptions) -> str:
@@ -136,6 +139,7 @@ def read_back(known: Known, source: Source) -> Converted:
     from nydus.build.layer import UNKNOWN_ID
     from nydus.convert.job import Converted
     from nydus.rafs import blobmeta, toc
+    from nydus.rafs.model import NodeFlag
 
     where, name = f"blob {known.digest}", known.digest.partition(":")[2]
 
@@ -149,6 +153,10 @@ def read_back(known: Known, source: Source) -> Converted:
         raise FormatError("another bootstrap than was recorded", where=where)
     tree = rafs.read(bootstrap, where)
     tree.blobs = [replace(blob, id=name) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs]
+    for path in known.implied:
+        row = tree.find(path.encode("latin1"))
+        if row is not None:
+            tree.nodes["flags"][row] |= NodeFlag.IMPLIED
     meta = b""
     if tree.version == 6 and len(tree.blobs) == 1:
         checked = replace(tree.blobs[0], toc_digest=bytes.fromhex(known.toc), toc_size=known.toc_size)
@@ -161,6 +169,10 @@ def read_back(known: Known, source: Source) -> Converted:
 
 def known_of(converted: Converted, repository: str) -> Known:
     """What to remember of a converted layer."""
+    from nydus.rafs.model import NodeFlag
+
+    tree = converted.tree
+    implied = (tree.nodes["flags"] & NodeFlag.IMPLIED).nonzero()[0].tolist()
     return Known(
         digest=converted.digest,
         size=converted.size,
@@ -168,4 +180,5 @@ def known_of(converted: Converted, repository: str) -> Known:
         toc=converted.toc,
         toc_size=converted.toc_size,
         repository=repository,
+        implied=tuple(tree.path(row).decode("latin1") for row in implied),
     )

@@ -137,6 +137,7 @@ class NodeFlag(IntFlag):
     """Facts of a name that only some formats store."""
 
     TAR_LINK = 0x1  # member of a hard-link group of a tar build: v5 sets its hard-link flag on all names
+    IMPLIED = 0x2  # directory that a layer only implies: the one below keeps its attributes
 
 
 Xattrs = tuple[tuple[bytes, bytes], ...]
