@@ -177,7 +177,7 @@ class ApiServer:
         if supervisor is None:
             raise NydusError("sendfd needs a daemon with --supervisor")
         blobfs = self._daemon.devices.blobfs
-        descriptors = [blobfs.device, blobfs.mount] if blobfs is not None else []
+        descriptors = [fd for fd in (blobfs.device, blobfs.mount) if fd >= 0] if blobfs is not None else []
         transfer.push(supervisor, self._daemon.snapshot(), descriptors)
 
     def _take_over(self, request: Request) -> None:

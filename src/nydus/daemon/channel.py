@@ -15,7 +15,7 @@ _LIMIT = 64 << 20
 
 class Message(IntEnum):
     STATE = 1  # the encoded state
-    DESCRIPTORS = 2  # two descriptors: /dev/fuse and the blobfs mount
+    DESCRIPTORS = 2  # /dev/fuse and, where it is known, the blobfs mount; the body says how many
     READY = 3  # started: everything the command line names is mounted
     FAILED = 4  # could not start: the reason
     BUSY = 6  # b"1": a mount begins, in which the worker waits for itself; b"0": none is going on
@@ -40,6 +40,10 @@ class Sender:
                     self._socket.sendall(head + body)
             except OSError:
                 pass
+
+    def send_descriptors(self, *descriptors: int) -> None:
+        valid = [descriptor for descriptor in descriptors if descriptor >= 0]
+        self.send(Message.DESCRIPTORS, bytes([len(valid)]), valid)
 
 
 class Receiver:
@@ -76,7 +80,8 @@ class Receiver:
             del self._data[: _HEAD.size + length]
             descriptors = []
             if kind == Message.DESCRIPTORS:
-                descriptors, self._descriptors = self._descriptors[:2], self._descriptors[2:]
+                count = body[0] if body else 0
+                descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
             messages.append((Message(kind), body, descriptors))
         return messages
 

@@ -171,6 +171,7 @@ class Daemon:
             if self.devices.blobfs is not None:
                 self.devices.blobfs.serve(resend=self.options.failover_policy != "none")
             self._enter(RUNNING)
+        self._settle()
         for instance in self.instances().values():
             if instance.state.provider == "fuse":
                 self._remount_fuse(instance)
@@ -506,6 +507,20 @@ class Daemon:
         set_auth = getattr(instance.image.backend, "set_auth", None) if instance else None
         if set_auth is not None and "registry_auth" in values:
             set_auth(values["registry_auth"])
+
+    def _settle(self) -> None:
+        """Finishes what a predecessor was killed in: a mount nobody was told of, an unmount not yet noted."""
+        mounted = self.instances()
+        paths = {instance.state.path for instance in mounted.values()}
+        for instance in list(self._instances.values()):
+            state = instance.state
+            here = table.at(state.path)
+            if state.mounted and state.provider != "fuse" and here is None:
+                self._gone(instance)
+            elif not state.mounted and state.path not in paths:
+                if here is not None and here.kind == "erofs" and here.source == state.bootstrap:
+                    syscalls.detach(state.path)
+                self._remove_directories(state.mountpoint)
 
     @staticmethod
     def _mount_id(saved: InstanceState) -> int:

@@ -68,13 +68,13 @@ def run(
     daemon = Daemon(
         options,
         report=lambda state: to_supervisor.send(Message.STATE, states.encode(state)),
-        descriptors=lambda *fds: to_supervisor.send(Message.DESCRIPTORS, descriptors=fds),
+        descriptors=to_supervisor.send_descriptors,
         busy=lambda busy: to_supervisor.send(Message.BUSY, b"1" if busy else b"0"),
     )
     try:
         state = states.decode(saved) if saved is not None else None
         if state is not None and state.state in ("READY", "RUNNING"):
-            daemon.restore(state, *(descriptors or (None, None)))
+            daemon.restore(state, *(*descriptors, None, None)[:2])
             if state.state == "RUNNING":
                 daemon.resume()
         elif not takeover:

@@ -236,8 +236,9 @@ class BlobFs:
 
     def close(self) -> None:
         """Gives up the descriptors; the connection ends unless another process holds ``/dev/fuse``."""
-        os.close(self.mount)
-        os.close(self.device)
+        for descriptor in (self.mount, self.device):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     # Serving
 
