@@ -239,7 +239,12 @@ class Authorizer:
 
     def _fetch(self, challenge: Challenge, scope: str) -> _Token:
         realm, service = challenge.parameters["realm"], challenge.parameters.get("service", "")
-        parts = urlsplit(realm)
+        try:
+            parts = urlsplit(realm)
+        except ValueError:
+            raise BackendError(
+                f"{self._host}: bad realm {realm[:200]!r}", permanent=True, status=401
+            ) from None
         if parts.scheme != "https" and not (parts.scheme == "http" and self._allow_http):
             raise BackendError(
                 f"{self._host}: refused to ask for a token at {realm!r}: not https",

@@ -117,9 +117,13 @@ class Transport:
         Raises:
             BackendError: no location, not http(s), or a downgrade.
         """
-        found = urljoin(base, location)
-        parts = urlsplit(found)
-        if not location or parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            found = urljoin(base, location)
+            parts = urlsplit(found)
+            usable = bool(location and parts.hostname) and parts.port != 0
+        except ValueError:  # brackets that do not match, or an impossible port
+            usable = False
+        if not usable or parts.scheme not in ("http", "https"):
             raise BackendError(f"{self.host}: bad redirect to {location[:200]!r}", permanent=True)
         if parts.scheme == "http" and urlsplit(base).scheme == "https":
             if parts.hostname == urlsplit(base).hostname and parts.port in (None, 80, urlsplit(base).port):

@@ -87,7 +87,10 @@ _PLAIN = ("skip_verify", "ping_url", "health_check_interval", "failure_limit")
 
 def _origin(path: Path, url: str) -> str:
     """``scheme://host[:port]``; without a scheme it is https."""
-    parts = urlsplit(url if "://" in url else f"https://{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"https://{url}")
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{path}: {url!r} is not the URL of a registry")
     return f"{parts.scheme}://{parts.netloc}"

@@ -193,7 +193,10 @@ def _credentials(auth: str | None, token: str | None) -> Credentials | None:
 
 
 def _mirror(mirror: MirrorConfig) -> tuple[str, bool]:
-    parts = urlsplit(mirror.host if "://" in mirror.host else f"https://{mirror.host}")
+    try:
+        parts = urlsplit(mirror.host if "://" in mirror.host else f"https://{mirror.host}")
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"registry backend: mirror 'host' {mirror.host!r} is not an http(s) address")
     return parts.netloc, parts.scheme == "http"
