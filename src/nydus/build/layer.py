@@ -188,7 +188,7 @@ def add_entry(builder: TreeBuilder, entry: Entry, options: BuildOptions) -> int 
     """Put the name of an archive member into a tree; the inode, or None if it has no data of its own."""
     mode, name = entry.mode, entry.name
     kind = mode & 0o170000
-    if name.removeprefix(b"./").lstrip(b"/") in _STARGZ_FILES:
+    if stargz_special(name):
         return None
     uid, gid = (entry.uid, entry.gid) if options.owners else (0, 0)
     if entry.hard_link:
@@ -208,6 +208,11 @@ def add_entry(builder: TreeBuilder, entry: Entry, options: BuildOptions) -> int 
         target=entry.link if kind == stat.S_IFLNK else b"",
         xattrs=known_xattrs(entry.xattrs),
     )
+
+
+def stargz_special(name: bytes) -> bool:
+    """Whether a name belongs to the eStargz format and not to the image."""
+    return name.removeprefix(b"./").lstrip(b"/") in _STARGZ_FILES
 
 
 _XATTR_PREFIXES = (b"user.", b"security.", b"trusted.")

@@ -94,7 +94,10 @@ def build_reference(
         index.finish()
     info = index.info
     info.id, info.compressed_size = digest.hexdigest(), size
-    return _seal(builder, index, HashingSink(sink), options, prefetch)
+    chunks = index.chunk_map() if info.chunk_count else None
+    result = seal_reference(builder, info, chunks, index.references, HashingSink(sink), options, prefetch)
+    result.duplicates = index.duplicates
+    return result
 
 
 def _before(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
@@ -109,16 +112,10 @@ class _Index:
     def __init__(self, window: GzipWindow | Window, options: BuildOptions) -> None:
         self._window = window
         self._chunk_size = options.chunk_size
-        features = (
-            BlobFeature.ALIGNED | BlobFeature.CHUNK_INFO_V2 | BlobFeature.SEPARATE | BlobFeature.CAP_TAR_TOC
-        )
         self._zran = isinstance(window, GzipWindow)
+        features = reference_features(options)
         if self._zran:
             features |= BlobFeature.ZRAN
-        if options.inline_meta:
-            features |= BlobFeature.INLINED_FS_META | BlobFeature.HAS_TAR_HEADER
-        if options.toc:
-            features |= BlobFeature.HAS_TOC | BlobFeature.HAS_TAR_HEADER | BlobFeature.INLINED_CHUNK_DIGEST
         self.info = BlobInfo(
             "",
             options.chunk_size,
@@ -289,41 +286,50 @@ def _digest(kind: Digester, pieces: list[Piece]) -> list[tuple[bytes, int]]:
     return [(codec.digest(kind, piece), codec.crc32c(piece)) for piece in pieces]
 
 
-def _table(chunks: ChunkMap, zran: bool) -> Array:
+def _table(chunks: ChunkMap | None) -> Array:
     """CHUNK rows of the chunks, by index."""
+    if chunks is None:
+        return np.zeros(0, CHUNK)
     table = np.zeros(len(chunks), CHUNK)
-    if not len(chunks):
-        return table
     assert chunks.digests is not None
     table["digest"] = np.ascontiguousarray(chunks.digests).view("V32").reshape(-1)
-    table["flags"] = int(ChunkFlag.HAS_CRC | (ChunkFlag.COMPRESSED if zran else 0))
+    # The reference has checksums here even where the chunk table has contexts instead.
+    checked = np.uint32(ChunkFlag.HAS_CRC) if chunks.crc.any() else np.uint32(0)
+    table["flags"] = chunks.flags.astype(np.uint32) & ChunkFlag.COMPRESSED | checked
     for name in ("csize", "usize", "coffset", "uoffset", "crc"):
         table[name] = getattr(chunks, name)
     table["index"] = np.arange(len(chunks))
     return table
 
 
-def _seal(
-    builder: TreeBuilder, index: _Index, out: HashingSink, options: BuildOptions, prefetch: Iterable[bytes]
+def seal_reference(
+    builder: TreeBuilder,
+    info: BlobInfo,
+    chunks: ChunkMap | None,
+    references: Array,
+    out: HashingSink,
+    options: BuildOptions,
+    prefetch: Iterable[bytes],
 ) -> LayerResult:
-    info = index.info
+    """Write the tables of a layer that stays as it is, and its bootstrap.
+
+    Args:
+        info: the blob, with everything filled in that does not follow from the tables.
+        references: for each chunk reference of ``builder``, a row of ``chunks``.
+    """
     sections = SectionWriter(out, options.inline_meta or options.toc)
-    chunks = None
-    blobs = []
-    if info.chunk_count:
-        blobs = [info]
-        chunks = index.chunk_map()
+    if chunks is not None:
         sections.meta(chunks)
         if options.toc:
             sections.digests(chunks)
-    table = _table(chunks, bool(info.features & BlobFeature.ZRAN)) if chunks else np.zeros(0, CHUNK)
     flags = super_flags(options)
     if options.toc:
         flags |= SuperFlag.INLINED_CHUNK_DIGEST
-    tree = builder.finish(6, options.chunk_size, flags, table, index.references, blobs)
+    blobs = [info] if chunks is not None else []
+    tree = builder.finish(6, options.chunk_size, flags, _table(chunks), references, blobs)
     if options.prefetch_table:
         tree.prefetch = prefetch_rows(tree, prefetch)
-    result = LayerResult(tree, chunks=chunks, duplicates=index.duplicates, blob=info if blobs else None)
+    result = LayerResult(tree, chunks=chunks, blob=info if blobs else None)
     if options.inline_meta:
         result.bootstrap = write_bootstrap(tree)
         sections.bootstrap(result.bootstrap, Compression.ZSTD if options.toc else Compression.NONE)
@@ -338,3 +344,15 @@ def _seal(
         info.toc_digest, info.toc_size = result.toc_digest, result.toc_size
         result.bootstrap = write_bootstrap(tree)
     return result
+
+
+def reference_features(options: BuildOptions) -> BlobFeature:
+    """The features of a blob whose chunks lie in another file."""
+    features = (
+        BlobFeature.ALIGNED | BlobFeature.CHUNK_INFO_V2 | BlobFeature.SEPARATE | BlobFeature.CAP_TAR_TOC
+    )
+    if options.inline_meta:
+        features |= BlobFeature.INLINED_FS_META | BlobFeature.HAS_TAR_HEADER
+    if options.toc:
+        features |= BlobFeature.HAS_TOC | BlobFeature.HAS_TAR_HEADER | BlobFeature.INLINED_CHUNK_DIGEST
+    return features

@@ -268,6 +268,11 @@ def _build(given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], 
             from nydus.build.zran import build_reference
 
             return build_reference(stream, sink, options, prefetch, source)
+        if kind == "estargztoc-ref":
+            from nydus.build.stargz import build_stargz
+
+            size = given["blob_data_size"] or 0
+            return build_stargz(stream, sink, options, size, prefetch, source)
         if kind == "tar-tarfs":
             from nydus.build.tarfs import build_tarfs
 
