@@ -78,12 +78,23 @@ def igzip(data: bytes) -> bytes:
     return bytes(member.compress(data) + member.flush()) + bytes(1000)
 
 
+class _CachingBlob(Blob):
+    """Inflates a context once: some compressors make blocks of many megabytes."""
+
+    def _inflate(self, context: int) -> bytes:
+        if self._last[0] != context:
+            self._last = (context, super()._inflate(context))
+        return self._last[1]
+
+    _last = (-1, b"")
+
+
 def check(result: LayerResult, layer: bytes, tables: bytes, files: dict[str, bytes]) -> None:
     """Read all files through what a runtime has: bootstrap, tables, layer."""
     blob = result.blob
     assert blob is not None
     chunks = blobmeta.load(blob, lambda offset, size: tables[offset : offset + size], size=len(tables))
-    reader = Blob(blob, layer, chunks)
+    reader = _CachingBlob(blob, layer, chunks)
     tree = result.tree
     for name, expected in files.items():
         row = tree.find(b"/" + name.encode())
