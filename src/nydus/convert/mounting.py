@@ -5,19 +5,25 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nydus.daemon.client import DaemonClient
 from nydus.errors import ConfigError, MountError, NydusError
 from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 20.0
+#: What fits into the address of a UNIX socket, with room for names that the daemon derives.
+_SOCKET_PATH = 96
 
 
 def registry_backend(place: RegistryPlace) -> dict[str, Any]:
@@ -77,8 +83,6 @@ def mounted(
     Raises:
         MountError: the daemon did not get the image mounted; the text is its own.
     """
-    from nydus.daemon.client import DaemonClient
-
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder / "nydus_blobs"
     config = {
@@ -93,6 +97,10 @@ def mounted(
         "fs_prefetch": {"enable": prefetch, "threads_count": 4, "merging_size": 131072},
     }
     config_file, socket, log = folder / "nydusd_config.json", folder / "nydus_api.sock", folder / "nydusd.log"
+    elsewhere = ""
+    if len(os.fsencode(socket.absolute())) > _SOCKET_PATH:
+        elsewhere = tempfile.mkdtemp(prefix="nydusify-")
+        socket = Path(elsewhere) / socket.name
     descriptor = os.open(config_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # it may hold a password
     with os.fdopen(descriptor, "w") as file:
         json.dump(config, file)
@@ -108,15 +116,28 @@ def mounted(
     except OSError as error:
         raise MountError(f"cannot start {command[0]}: {error.strerror}") from error
     try:
-        try:
-            DaemonClient(socket).wait("RUNNING", timeout=_START_SECONDS)
-        except NydusError as error:
-            process.poll()
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise MountError(f"nydusd did not mount the image: {lines[-1] if lines else error}") from error
+        _wait(process, DaemonClient(socket), log)
         yield process
     finally:
         _stop(process, mountpoint)
+        if elsewhere:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+
+
+def _wait(process: subprocess.Popen[bytes], client: DaemonClient, log: Path) -> None:
+    """Returns when the daemon serves the mount."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            if client.state() == "RUNNING":
+                return
+            reason = "it is not ready"
+        except NydusError as error:
+            reason = str(error)
+        if process.poll() is not None or time.monotonic() > deadline:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise MountError(f"nydusd did not mount the image: {lines[-1] if lines else reason}")
+        time.sleep(0.02)
 
 
 def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
