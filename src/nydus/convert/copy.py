@@ -88,25 +88,29 @@ def _copy_blobs(
         for blob in (*image.manifest.layers, image.manifest.config):
             if not blob.urls or reader.has_blob(blob.digest):  # foreign layers stay where they are
                 blobs.setdefault(blob.digest, blob)
-    states = [LayerProgress(n, blob.digest, blob.size) for n, blob in enumerate(blobs.values(), 1)]
+    sent = copy_blobs(reader, writer, list(blobs.values()), repository, progress)
+    present = sum(blob.size for blob in blobs.values()) - sent
+    return Copied(images[0].descriptor, len(blobs), sent, present)
+
+
+def copy_blobs(
+    reader: Source, writer: Sink, blobs: Sequence[Descriptor], repository: str, progress: Progress
+) -> int:
+    """Copies several blobs at the same time, each as :func:`copy_blob` does; returns bytes sent."""
+    states = [LayerProgress(n, blob.digest, blob.size) for n, blob in enumerate(blobs, 1)]
     progress.layers(states)
     stopped = threading.Event()
-    copied = Copied(images[0].descriptor, len(blobs))
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1) * 2, "copy") as pool:
         pending = {
             pool.submit(copy_blob, reader, writer, state, repository, progress, stopped) for state in states
         }
         try:
-            for done in as_completed(pending):
-                sent = done.result()
-                copied.sent += sent
+            return sum(done.result() for done in as_completed(pending))
         except BaseException:
             stopped.set()
             for waiting in pending:
                 waiting.cancel()
             raise
-    copied.present = sum(state.size for state in states) - copied.sent
-    return copied
 
 
 def copy_blob(

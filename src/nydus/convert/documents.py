@@ -23,7 +23,9 @@ _BLOCK = 512
 _MAX_BOOTSTRAP_LAYER = 1 << 30
 
 
-def bootstrap_layer(bootstrap: bytes, metas: Mapping[str, bytes]) -> tuple[bytes, str]:
+def bootstrap_layer(
+    bootstrap: bytes, metas: Mapping[str, bytes], others: Mapping[str, bytes] | None = None
+) -> tuple[bytes, str]:
     """Packs a bootstrap into the gzip tar that is the last layer of a Nydus image.
 
     The tar is that of Go's archive writer (USTAR, no names, no times), so that it is the same everywhere.
@@ -31,6 +33,7 @@ def bootstrap_layer(bootstrap: bytes, metas: Mapping[str, bytes]) -> tuple[bytes
     Args:
         metas: blob id (hex) -> bytes of its ``blob.meta`` file, in layer order; spares a daemon the read of
             the end of each blob.
+        others: more files by their path in the layer.
 
     Returns:
         The layer's bytes and its diff id.
@@ -38,6 +41,7 @@ def bootstrap_layer(bootstrap: bytes, metas: Mapping[str, bytes]) -> tuple[bytes
     tar = io.BytesIO()
     tar.write(_header("image", tarfile.DIRTYPE, 0o755, 0))
     files = {BOOTSTRAP: bootstrap} | {f"image/{blob}.blob.meta": data for blob, data in metas.items()}
+    files |= others or {}
     for name, data in files.items():
         tar.write(_header(name, tarfile.REGTYPE, 0o444, len(data)))
         tar.write(data)
