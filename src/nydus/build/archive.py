@@ -6,10 +6,12 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nydus.rafs import order
 from nydus.rafs.model import Array, Tree
 
 if TYPE_CHECKING:
@@ -74,10 +76,8 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
         FormatError, BackendError: the data of a file are wrong, or cannot be had.
     """
     tree = image.tree
-    rows, paths, first = _entries(tree)
-    is_data = (tree.nodes["chunk_count"][rows] > 0) & (
-        first[tree.nodes["link"][rows]] == np.arange(len(rows))
-    )
+    rows, first = _entries(tree)
+    is_data = (tree.nodes["chunk_count"][rows] > 0) & (first[tree.nodes["link"][rows]] == rows)
     data = image.stream_rows(rows[is_data].tolist())
     pending: list[bytes | memoryview] = []
     size = 0
@@ -91,10 +91,11 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
             pending.clear()
             size = 0
 
+    paths = _paths(tree, rows)
     for start in range(0, len(rows), _GROUP):
         part = slice(start, start + _GROUP)
-        entries = zip(_headers(tree, rows, paths, first, part), rows[part], is_data[part], strict=True)
-        for header, row, has_data in entries:
+        headers = _headers(tree, rows[part], list(islice(paths, _GROUP)), first)
+        for header, row, has_data in zip(headers, rows[part], is_data[part], strict=True):
             put(header)
             if not has_data:
                 continue
@@ -109,37 +110,44 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
     return len(rows)
 
 
-def _entries(tree: Tree) -> tuple[Array, list[bytes], Array]:
-    """Rows to write in order, their names in the archive, and by inode row its first position in them."""
-    rows = []
-    paths = []
-    sockets = ((tree.nodes["mode"] & 0o170000) == stat.S_IFSOCK).tolist()
-    for row, path in tree.walk():
-        if not row:
-            continue
-        if sockets[row]:
-            log.warning("%s is a socket: left out", os.fsdecode(path))
-            continue
-        rows.append(row)
-        paths.append(path[1:])
-    order = np.array(rows, np.int64)
-    first = np.full(len(tree), -1, np.int64)
+def _entries(tree: Tree) -> tuple[Array, Array]:
+    """Rows to write in order, and by row of an inode the first of its names that is written."""
+    rows = order.preorder(tree.nodes["parent"])[1:]
+    sockets = (tree.nodes["mode"][rows] & 0o170000) == stat.S_IFSOCK
+    for row in rows[sockets].tolist():
+        log.warning("%s is a socket: left out", os.fsdecode(tree.path(row)))
+    rows = rows[~sockets]
+    first = np.zeros(len(tree), np.int64)
     # The last assignment to an inode stays: go backwards.
-    first[tree.nodes["link"][order[::-1]]] = np.arange(len(order))[::-1]
-    return order, paths, first
+    first[tree.nodes["link"][rows[::-1]]] = rows[::-1]
+    return rows, first
 
 
-def _headers(tree: Tree, rows: Array, paths: list[bytes], first: Array, part: slice) -> Iterator[bytes]:
+def _paths(tree: Tree, rows: Array) -> Iterator[bytes]:
+    """The names in the archive of rows in depth-first order; only those of directories are kept."""
+    directories = {0: b""}
+    names = tree.names
+    for start in range(0, len(rows), _GROUP):
+        part = rows[start : start + _GROUP]
+        nodes = tree.nodes[part]
+        is_directory = ((nodes["mode"] & 0o170000) == stat.S_IFDIR).tolist()
+        columns = (nodes[name].tolist() for name in ("parent", "name_offset", "name_length"))
+        for row, directory, parent, at, length in zip(part.tolist(), is_directory, *columns, strict=True):
+            path = directories[parent] + names[at : at + length]
+            if directory:
+                directories[row] = path + b"/"
+            yield path
+
+
+def _headers(tree: Tree, rows: Array, names: list[bytes], first: Array) -> Iterator[bytes]:
     """The header of each entry, with the PAX header before it where there is one."""
-    nodes = tree.nodes[rows[part]]
+    nodes = tree.nodes[rows]
     kinds = (nodes["mode"] & 0o170000).tolist()
-    names = paths[part]
-    positions = first[nodes["link"]].tolist()
     types, targets = [], []
-    for number, (kind, position, row) in enumerate(zip(kinds, positions, rows[part].tolist(), strict=True)):
-        if kind == stat.S_IFREG and position != part.start + number:
+    for kind, row, original in zip(kinds, rows.tolist(), first[nodes["link"]].tolist(), strict=True):
+        if kind == stat.S_IFREG and original != row:
             types.append(_HARD_LINK)
-            targets.append(b"/" + paths[position])
+            targets.append(tree.path(original))
         else:
             types.append(_TYPES[kind])
             targets.append(tree.target(row) if kind == stat.S_IFLNK else b"")
