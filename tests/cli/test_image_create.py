@@ -17,6 +17,7 @@ import pytest
 
 from nydus import rafs
 from nydus.build import bootstrap
+from nydus.rafs import blobmeta
 from nydus.rafs.model import BlobFeature, SuperFlag
 
 COMMAND = [sys.executable, "-c", "from nydus.cli.nydus_image import main; main()"]
@@ -156,6 +157,24 @@ def test_tarfs(archive: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "boot2").exists()
 
 
+def test_ready_made_cache(archive: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    run("create", "-t", "tar-rafs", "-B", tmp_path / "b", "--blob-cache-dir", cache, archive)
+    run("create", "-t", "tar-rafs", "--compressor", "none", "-B", tmp_path / "b2", "-D", tmp_path, archive)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "b2").read_bytes()
+    tree = bootstrap.load(str(tmp_path / "b"))
+    (blob,) = tree.blobs
+    assert [path.name for path in blobs(cache)] == [f"{blob.id}.blob.data", f"{blob.id}.blob.meta"]
+    image = (cache / f"{blob.id}.blob.data").read_bytes()
+    assert len(image) == blob.uncompressed_size
+    chunks = blobmeta.from_cache_file(blob, (cache / f"{blob.id}.blob.meta").read_bytes())
+    row = tree.find(b"/a/y")
+    assert row is not None
+    (index,) = tree.node_chunks(row)["index"]
+    assert image[int(chunks.uoffset[index]) :][:100_000] == b"y" * 100_000
+
+
 def test_prefetch_list(folder: Path, tmp_path: Path) -> None:
     lines = b"/sub\n  /sub/file  \nrelative\n\n/zero\n/nowhere\n"
     done = run("create", "--prefetch-policy", "fs", "-B", tmp_path / "b", "-D", tmp_path, folder, stdin=lines)
@@ -207,6 +226,7 @@ def test_wrong_usage(arguments: str, folder: Path, tmp_path: Path) -> None:
         ("create -v 5 -B b -D . --features blob-toc folder", "version 5 has no table of contents"),
         ("create -v 5 -B b -D . -E folder", "version 5 has no encryption"),
         ("create -B b -D nowhere folder", "nowhere: cannot be written"),
+        ("create -B b -D . --attributes a folder", "--attributes: "),
         ("create -B nowhere/b -D . folder", "nowhere/b: cannot be written"),
         ("create -B b -D . --chunk-dict redis=x folder", "kind 'redis'"),
         ("create -B b -D . --chunk-dict bad.tar folder", "bad.tar"),

@@ -115,6 +115,7 @@ class BlobWriter:
         aligned: place chunks at multiples of 4096 in the uncompressed image.
         dictionary: chunks to refer to instead of storing them again.
         workers: threads that digest and compress.
+        image: also gets the uncompressed image of the blob: every chunk, padded to 4096 bytes.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class BlobWriter:
         aligned: bool = True,
         dictionary: Dictionary | None = None,
         workers: int = 0,
+        image: Sink | None = None,
     ) -> None:
         self.info = info
+        self._image = image
         #: Blobs in the order of first use, this one included.
         self.blobs: list[BlobInfo] = []
         self._sink = sink
@@ -378,6 +381,10 @@ class BlobWriter:
                 self._csize.append(len(data))
             offset += len(data)
         self._sink.write(b"".join(stored))
+        if self._image is not None:
+            for unit in units:
+                for piece in unit.pieces:
+                    self._image(bytes(piece) + bytes(-len(piece) % 4096))
 
 
 _Digested = list[tuple[Piece, bytes]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -126,7 +127,12 @@ def _is_whiteout(spec: Whiteout, name: bytes, status: os.stat_result) -> bool:
 
 
 def _xattrs(path: bytes) -> Xattrs:
-    names = os.listxattr(path, follow_symlinks=False)
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return ()
+        raise
     if not names:
         return ()
     pairs = sorted((os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in names)

@@ -56,6 +56,7 @@ class BuildOptions:
         dictionary: an image whose chunks are referred to rather than stored again.
         parent: an image below this layer; the result is both.
         workers: threads; 0 for what the machine has, at most 4.
+        image: gets the uncompressed image of the blob (v6), as a cache directory holds it.
     """
 
     version: int = 6
@@ -75,6 +76,7 @@ class BuildOptions:
     dictionary: Tree | None = None
     parent: Tree | None = None
     workers: int = 0
+    image: Sink | None = None
 
     def __post_init__(self) -> None:
         def power(value: int) -> bool:
@@ -270,6 +272,7 @@ class LayerBuilder:
             aligned=options.version == 6 or options.aligned,
             dictionary=Dictionary(known),
             workers=options.workers,
+            image=options.image,
         )
 
     def prefetch_end(self) -> None:

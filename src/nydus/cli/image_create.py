@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -155,6 +156,8 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             dictionary=_load(given["chunk_dict"], True),
             parent=_load(given["parent_bootstrap"], False),
         )
+    if given["attributes"]:
+        raise ConfigError("--attributes: files that lie in other blobs are not supported")
     _create(given, options, prefetch, trace)
 
 
@@ -190,7 +193,10 @@ def _check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
     if kind == "estargztoc-ref":
         require(bool(given["blob_id"]), f"{kind} needs --blob-id")
     if given["blob_cache_dir"]:
-        require(not kind.startswith("estargz") and kind != "tar-tarfs", f"{kind} has no --blob-cache-dir")
+        require(
+            not kind.startswith("estargz") and kind not in ("targz-ref", "tar-tarfs"),
+            f"{kind} has no --blob-cache-dir",
+        )
     require(len(given["blob_id"] or "") <= 255, "--blob-id is longer than 255 characters")
 
 
@@ -205,7 +211,7 @@ def _load(argument: str | None, dictionary: bool) -> Any:
 def _create(
     given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], trace: image_options.Trace
 ) -> None:
-    from nydus.build.output import Output
+    from nydus.build.output import Output, write_file
 
     with ExitStack() as stack:
         blob: Output | None = None
@@ -213,16 +219,24 @@ def _create(
             blob = stack.enter_context(Output(given["blob"], mode=0o600))
         elif given["blob_dir"]:
             blob = stack.enter_context(Output(given["blob_dir"], directory=True, mode=0o600))
+        cache: Output | None = None
+        if given["blob_cache_dir"]:
+            cache = stack.enter_context(Output(given["blob_cache_dir"], directory=True, mode=0o600))
+            options = replace(options, image=cache.write)
         with trace.time("total_build"):
             result = _build(given, options, prefetch, blob.write if blob else lambda data: None)
         path = ""
         if not given["inline_meta"]:
-            target = given["bootstrap"] or given["blob_dir"]
+            target = given["bootstrap"] or given["blob_dir"] or given["blob_cache_dir"]
             out = stack.enter_context(Output(target, directory=not given["bootstrap"]))
             out.write(result.bootstrap)
         # Both are complete: give them their names, the bootstrap last, so that it never names a missing blob.
         if blob is not None and (given["blob"] or result.blob_size):
             blob.commit(result.blob_id)
+        if cache is not None and result.blob_size:
+            cache.commit(f"{result.blob_id}.blob.data")
+            meta = os.path.join(given["blob_cache_dir"], f"{result.blob_id}.blob.meta")
+            write_file(meta, result.blob_meta)
         if not given["inline_meta"]:
             name = "" if given["bootstrap"] else hashlib.sha256(result.bootstrap).hexdigest()
             path = out.commit(name)
