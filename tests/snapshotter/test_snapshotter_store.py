@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nydus.errors import NydusError
 from nydus.snapshotter.database import Database, RootLock
 from nydus.snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from nydus.snapshotter.store import Kind, Store
@@ -117,6 +119,33 @@ def test_the_owner_of_fs_follows_the_parent(store: Store) -> None:
     child = store.create(Kind.ACTIVE, "b", "a", {})
     status = (store.directory(child.id) / "fs").stat()
     assert (status.st_uid, status.st_gid) == (7, 8)
+
+
+@pytest.mark.root
+def test_a_full_disk_leaves_no_half_of_a_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=40", "small", str(tmp_path / "small")]
+    subprocess.run(command, check=True)
+    try:
+        store = Store(Database(tmp_path / "m.db"), tmp_path / "small" / "s")
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(40):
+                store.create(Kind.ACTIVE, str(number), "", {})
+        directories = {path.name for path in (tmp_path / "small" / "s").iterdir()}
+        assert directories == {str(snapshot.id) for snapshot in store.all()}
+        last = store.all()[-1]
+        store.remove(last.name)
+        for path in store.sweep():
+            shutil.rmtree(path)
+        assert store.create(Kind.COMMITTED, "fits", "", {}).id > last.id
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.db").write_bytes(b"nonsense" * 1000)
+    with pytest.raises(NydusError, match=r"m\.db: cannot use the database"):
+        Database(tmp_path / "m.db")
 
 
 def test_records_survive_a_kill(tmp_path: Path) -> None:

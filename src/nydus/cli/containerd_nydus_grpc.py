@@ -8,6 +8,7 @@ import click
 
 from nydus import __version__
 from nydus.cli.lazy import run
+from nydus.errors import NydusError
 
 _REPLACED = {
     "nydusd_path": ("--nydusd-path", "--nydusd"),
@@ -89,7 +90,11 @@ def containerd_nydus_grpc(
 
     from nydus.snapshotter.serve import serve
 
-    serve(settings, warnings)
+    try:
+        serve(settings, warnings)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise NydusError(f"{where}{error.strerror or error}") from error
 
 
 def main() -> None:

@@ -17,11 +17,13 @@ from nydus.errors import NydusError
 class Database:
     """One SQLite file. Thread-safe.
 
-    Reads do not wait for a commit that is being synced to disk: they have a connection of their own.
+    Reads do not wait for a commit that is being synced to disk: they have a connection of their own. Every
+    transaction holds ``write_lock``; who must undo more than the database does takes it before.
     """
 
     def __init__(self, path: Path) -> None:
-        self._writer, self._write_lock = _connect(path), threading.RLock()
+        """Raises NydusError if the file is not a database or cannot be written."""
+        self._writer, self.write_lock = _connect(path), threading.RLock()
         self._reader, self._read_lock = _connect(path), threading.Lock()
 
     def query(self, sql: str, *arguments: object) -> list[tuple[Any, ...]]:
@@ -32,7 +34,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """A transaction that is durable when the block has ended, and undone if it raises."""
-        with self._write_lock:
+        with self.write_lock:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -44,7 +46,7 @@ class Database:
 
     def close(self) -> None:
         """Close both connections."""
-        with self._write_lock, self._read_lock:
+        with self.write_lock, self._read_lock:
             self._reader.close()
             self._writer.close()
 
@@ -72,10 +74,13 @@ class RootLock:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-    connection.execute("PRAGMA journal_mode = WAL")
-    # What containerd was told must be true after a power cut.
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        connection.execute("PRAGMA journal_mode = WAL")
+        # What containerd was told must be true after a power cut.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.Error as error:
+        raise NydusError(f"{path}: cannot use the database: {error}") from error
     path.chmod(0o600)
     return connection

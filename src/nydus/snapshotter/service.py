@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,7 @@ def _call(context: Context, name: str, request: Any, function: Callable[..., Any
         return function(*arguments)
     except SnapshotError as error:
         code, text = grpc.StatusCode[error.code], str(error)
-    except (NydusError, OSError) as error:
+    except (NydusError, OSError, sqlite3.Error) as error:
         code, text = grpc.StatusCode.UNKNOWN, str(error)
     except Exception as error:
         log.exception("%s failed", name)

@@ -128,31 +128,43 @@ class Store:
             NotFound, InvalidArgument: the parent is unknown or not committed.
         """
         now = time.time_ns()
-        with self._database.transaction() as db:
-            if db.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
-                raise AlreadyExists(f"snapshot {name}: already exists")
-            parent_id = None
-            if parent:
-                row = db.execute("SELECT id, kind FROM snapshots WHERE name = ?", (parent,)).fetchone()
-                if row is None:
-                    raise NotFound(
-                        f"parent snapshot {parent} does not exist: not found; pull the image again"
+        snapshot = None
+        # The directory of a failed commit goes before another transaction is given the same ID.
+        with self._database.write_lock:
+            try:
+                with self._database.transaction() as db:
+                    if db.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
+                        raise AlreadyExists(f"snapshot {name}: already exists")
+                    parent_id = None
+                    if parent:
+                        row = db.execute(
+                            "SELECT id, kind FROM snapshots WHERE name = ?", (parent,)
+                        ).fetchone()
+                        if row is None:
+                            raise NotFound(
+                                f"parent snapshot {parent} does not exist: not found; pull the image again"
+                            )
+                        parent_id = int(row[0])
+                        if row[1] != Kind.COMMITTED:
+                            raise InvalidArgument(
+                                f"parent snapshot {parent} is not committed: invalid argument"
+                            )
+                    cursor = db.execute(
+                        "INSERT INTO snapshots (name, parent, kind, created, updated, labels)"
+                        " VALUES (?, ?, ?, ?, ?, ?)",
+                        (name, parent_id, kind, now, now, _encode(dict(labels)).decode()),
                     )
-                parent_id = int(row[0])
-                if row[1] != Kind.COMMITTED:
-                    raise InvalidArgument(f"parent snapshot {parent} is not committed: invalid argument")
-            cursor = db.execute(
-                "INSERT INTO snapshots (name, parent, kind, created, updated, labels)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (name, parent_id, kind, now, now, _encode(dict(labels)).decode()),
-            )
-            assert cursor.lastrowid is not None
-            snapshot = Snapshot(cursor.lastrowid, name, parent, kind, now, now, dict(labels), 0, 0)
-            if owner is None and parent_id is not None:
-                with suppress(FileNotFoundError):
-                    status = (self.directory(parent_id) / "fs").stat()
-                    owner = (status.st_uid, status.st_gid)
-            self._make_directory(snapshot, owner)
+                    assert cursor.lastrowid is not None
+                    snapshot = Snapshot(cursor.lastrowid, name, parent, kind, now, now, dict(labels), 0, 0)
+                    if owner is None and parent_id is not None:
+                        with suppress(FileNotFoundError):
+                            status = (self.directory(parent_id) / "fs").stat()
+                            owner = (status.st_uid, status.st_gid)
+                    self._make_directory(snapshot, owner)
+            except BaseException:
+                if snapshot is not None:
+                    shutil.rmtree(self.directory(snapshot.id), ignore_errors=True)
+                raise
         return snapshot
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], size: int, inodes: int) -> None:
