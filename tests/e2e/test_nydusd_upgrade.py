@@ -15,6 +15,7 @@ from nydusd_process import Nydusd, localfs_config
 from conftest import Image
 from nydus.daemon.client import DaemonClient, DaemonError
 from nydus.daemon.spawn import WarmParent
+from nydus.mount import table
 
 pytestmark = pytest.mark.root
 
@@ -188,6 +189,7 @@ def test_a_warm_parent_starts_daemons(image: Image, tmp_path: Path) -> None:
                 assert time.monotonic() < end
                 time.sleep(0.01)
             assert parent.exit_status(pid) == 0
+            assert table.at(tmp_path / str(number) / "mnt") is None
         bad = parent.spawn(["--mountpoint", str(tmp_path / "nowhere")], log=tmp_path / "bad.log")
         end = time.monotonic() + 10
         while parent.exit_status(bad) is None:

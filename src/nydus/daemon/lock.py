@@ -8,10 +8,12 @@ import fcntl
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from nydus.errors import NydusError
 from nydus.mount import table
+from nydus.mount.table import Mount
 
 _DIRECTORIES = (Path("/run/nydusd"), Path(tempfile.gettempdir()) / f"nydusd-{os.getuid()}")
 
@@ -37,13 +39,16 @@ class MountLock:
         mounted = table.at(self._mountpoint)
         known = self._open()
         if not self._lock():
-            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
+            owner = os.pread(self._fd, 32, 0).decode(errors="replace").partition("\n")[0]
             self._forget()
             raise NydusError(f"{self._mountpoint}: is served by another nydusd, process {owner}")
+        self._sweep()
         if mounted is None:
             return False
-        if not known:
-            self.release()
+        if not is_ours(mounted) or not (known or self._disconnected()):
+            if not known and self._path is not None:
+                self._path.unlink(missing_ok=True)
+            self._forget()
             raise NydusError(f"{self._mountpoint}: {mounted.kind} is mounted here already")
         return True
 
@@ -68,12 +73,18 @@ class MountLock:
         self._fd = -1
 
     def _lock(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            with suppress(FileNotFoundError):
+                if self._path is not None and os.path.samestat(os.fstat(self._fd), self._path.stat()):
+                    break
+            os.close(self._fd)  # it was removed while we opened it
+            self._open()
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        os.pwrite(self._fd, b"%d\n%s\n" % (os.getpid(), os.fsencode(self._mountpoint)), 0)
         return True
 
     def _open(self) -> bool:
@@ -92,3 +103,36 @@ class MountLock:
             self._path = path
             return known
         raise NydusError(f"{_DIRECTORIES[-1]}: cannot make a lock file")
+
+    def _sweep(self) -> None:
+        """Removes the lock files of daemons that were killed and whose mounts are gone."""
+        if self._path is None:
+            return
+        mounted = {mount.path for mount in table.read()}
+        for path in self._path.parent.iterdir():
+            with suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _, _, place = os.pread(fd, 8192, 0).partition(b"\n")
+                    if os.path.realpath(os.fsdecode(place.rstrip(b"\n"))) not in mounted:
+                        path.unlink()
+                finally:
+                    os.close(fd)
+
+    def _disconnected(self) -> bool:
+        """Whether the mount is a FUSE mount that nobody serves any more, some other daemon's perhaps."""
+        try:
+            self._mountpoint.stat()
+        except OSError as error:
+            return error.errno == errno.ENOTCONN
+        return False
+
+
+def is_ours(mount: Mount) -> bool:
+    """Whether it is something that a nydusd mounts."""
+    return (
+        mount.kind == "erofs"
+        or (mount.kind.startswith("fuse") and mount.source == "rafs")
+        or (mount.kind == "tmpfs" and mount.source == "nydus")
+    )

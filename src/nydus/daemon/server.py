@@ -534,10 +534,11 @@ class Daemon:
 
         image = instance.image
         caches = [image.open_cache(blob) for blob in range(len(image.blobs))]
+        opened = list(range(len(caches)))
 
-        def release() -> None:
-            for blob in range(len(caches)):
-                image.release_cache(blob)
+        def release() -> None:  # at the end, or where there was no beginning
+            while opened:
+                image.release_cache(opened.pop())
 
         try:
             operations = TreeOperations(image.tree(), caches)
@@ -549,8 +550,9 @@ class Daemon:
 
     def _remount_fuse(self, instance: Instance) -> None:
         """A library's FUSE connection cannot be taken over: the mount is replaced, open files are lost."""
-        with suppress(OSError):
-            syscalls.detach(instance.state.path)
+        from nydus.mount.fuse import unmount
+
+        unmount(Path(instance.state.path))
         try:
             self._mount_fuse(instance)
         except (NydusError, OSError) as error:

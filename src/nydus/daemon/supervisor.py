@@ -23,10 +23,10 @@ from pathlib import Path
 
 from nydus.daemon import worker
 from nydus.daemon.channel import Message, Receiver
-from nydus.daemon.lock import MountLock
+from nydus.daemon.lock import MountLock, is_ours
 from nydus.daemon.options import Options
 from nydus.errors import NydusError
-from nydus.mount import syscalls
+from nydus.mount import syscalls, table
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class Supervisor:
             if dead and options.supervisor is not None:
                 takeover = True  # its mounts may still be alive in the controller's hands
             elif dead:
-                while syscalls.detach(options.mountpoint):
+                while (left := table.at(options.mountpoint)) is not None and is_ours(left):
+                    syscalls.detach(options.mountpoint)
                     log.warning("unmounted what a dead daemon left at %s", options.mountpoint)
         if not takeover and not options.mountpoint.is_dir():
             raise NydusError(f"{options.mountpoint}: the mountpoint is not a directory")
@@ -101,15 +102,21 @@ class Supervisor:
 
     def _bind(self, path: Path) -> None:
         """Binds beside the final name: clients take the socket's existence for a finished start."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".nydusd-{os.getpid()}")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        folder = -1
         try:
             aside.unlink(missing_ok=True)
-            listener.bind(str(aside))
+            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            # A socket's name may have 107 bytes; this one has a few whatever the folder is called.
+            listener.bind(f"/proc/self/fd/{folder}/{aside.name}")
             listener.listen(256)
         except OSError as error:
             listener.close()
             raise NydusError(f"{path}: cannot make the API socket: {error.strerror or error}") from None
+        finally:
+            if folder >= 0:
+                os.close(folder)
         self._listener, self._bound = listener, aside
 
     def _publish(self) -> None:
@@ -226,7 +233,7 @@ class Supervisor:
         """Whether to start another worker after one died."""
         crashed = status not in (None, -signal.SIGKILL)
         self._crashes = (self._crashes + crashed) if lived < _QUICK else int(crashed)
-        why = "was killed" if status is None else f"ended with status {status}"
+        why = f"was killed by signal {-(status or -9)}" if (status or -9) < 0 else f"ended with {status}"
         if self._crashes >= _GIVE_UP:
             log.error("the worker %s; %d crashes in a row: giving up", why, self._crashes)
             return False

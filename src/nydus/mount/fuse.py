@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,8 +177,7 @@ class FuseMount:
 
     def close(self) -> None:
         """Unmounts; lazily if it is in use."""
-        with suppress(OSError):
-            syscalls.detach(self.mountpoint)
+        unmount(self.mountpoint)
         self._thread.join(1.0)
 
     def _run(self) -> None:
@@ -193,6 +193,7 @@ class FuseMount:
                 default_permissions=True,
                 fsname="rafs",
                 use_ino=True,
+                max_idle_threads=16,
                 kernel_cache=True,
                 attr_timeout=_FOREVER,
                 entry_timeout=_FOREVER,
@@ -200,9 +201,18 @@ class FuseMount:
                 **options,
             )
         except Exception as error:
-            self._problem = str(error)
+            self._problem = f"it ended with {error}; its own words are in the log"
         finally:
             self._on_close()
+
+
+def unmount(mountpoint: Path) -> None:
+    """Lazily unmounts, with libfuse's helper where the user may not."""
+    try:
+        syscalls.detach(mountpoint)
+    except PermissionError:
+        with suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, timeout=10)
 
 
 def _split_device(rdev: int) -> tuple[int, int]:
