@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -127,35 +128,12 @@ class Store:
             AlreadyExists: the name is taken.
             NotFound, InvalidArgument: the parent is unknown or not committed.
         """
-        now = time.time_ns()
         snapshot = None
         # The directory of a failed commit goes before another transaction is given the same ID.
         with self._database.write_lock:
             try:
                 with self._database.transaction() as db:
-                    if db.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
-                        raise AlreadyExists(f"snapshot {name}: already exists")
-                    parent_id = None
-                    if parent:
-                        row = db.execute(
-                            "SELECT id, kind FROM snapshots WHERE name = ?", (parent,)
-                        ).fetchone()
-                        if row is None:
-                            raise NotFound(
-                                f"parent snapshot {parent} does not exist: not found; pull the image again"
-                            )
-                        parent_id = int(row[0])
-                        if row[1] != Kind.COMMITTED:
-                            raise InvalidArgument(
-                                f"parent snapshot {parent} is not committed: invalid argument"
-                            )
-                    cursor = db.execute(
-                        "INSERT INTO snapshots (name, parent, kind, created, updated, labels)"
-                        " VALUES (?, ?, ?, ?, ?, ?)",
-                        (name, parent_id, kind, now, now, _encode(dict(labels)).decode()),
-                    )
-                    assert cursor.lastrowid is not None
-                    snapshot = Snapshot(cursor.lastrowid, name, parent, kind, now, now, dict(labels), 0, 0)
+                    snapshot, parent_id = _insert(db, kind, name, parent, labels)
                     if owner is None and parent_id is not None:
                         with suppress(FileNotFoundError):
                             status = (self.directory(parent_id) / "fs").stat()
@@ -284,6 +262,29 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _insert(
+    db: sqlite3.Connection, kind: Kind, name: str, parent: str, labels: Mapping[str, str]
+) -> tuple[Snapshot, int | None]:
+    """The new record, and the ID of its parent."""
+    if db.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
+        raise AlreadyExists(f"snapshot {name}: already exists")
+    parent_id = None
+    if parent:
+        row = db.execute("SELECT id, kind FROM snapshots WHERE name = ?", (parent,)).fetchone()
+        if row is None:
+            raise NotFound(f"parent snapshot {parent} does not exist: not found; pull the image again")
+        if row[1] != Kind.COMMITTED:
+            raise InvalidArgument(f"parent snapshot {parent} is not committed: invalid argument")
+        parent_id = int(row[0])
+    now = time.time_ns()
+    cursor = db.execute(
+        "INSERT INTO snapshots (name, parent, kind, created, updated, labels) VALUES (?, ?, ?, ?, ?, ?)",
+        (name, parent_id, kind, now, now, _encode(dict(labels)).decode()),
+    )
+    assert cursor.lastrowid is not None
+    return Snapshot(cursor.lastrowid, name, parent, kind, now, now, dict(labels), 0, 0), parent_id
 
 
 def _mkdir(path: Path, mode: int) -> None:
