@@ -425,13 +425,20 @@ def _worker(path: Path, seed: int, keep: bool) -> subprocess.Popen[bytes]:
 
 
 def _check_persisted(path: Path, blob: Blob) -> int:
-    if not map_file(path, blob).exists() or not data_file(path, blob).exists():
+    """Every bit on the disk tells the truth. Another process may be filling, or deleting, the files."""
+    try:
+        with map_file(path, blob).open("rb") as chunk_map, data_file(path, blob).open("rb") as data:
+            # The bits first: what they say is in the data already.
+            raw = chunk_map.read()
+            image = data.read()
+            for file in (chunk_map, data):
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                    return 0  # deleted in between: the two may not belong together
+    except FileNotFoundError:
         return 0
-    raw = map_file(path, blob).read_bytes()
     if len(raw) < 4096:
         return 0
-    image = data_file(path, blob).read_bytes()
-    found = bits(path, blob)
+    found = np.unpackbits(np.frombuffer(raw, np.uint8, offset=4096))[: len(blob.chunks)]
     for row in np.flatnonzero(found):
         offset, size = blob.ranges()[row]
         assert blob.chunks.digests is not None
