@@ -448,3 +448,35 @@ def test_many_layers(server: FaultyRegistry) -> None:
     layers = [layer_of(f"d{number}/", f"d{number}/f") for number in range(127)]
     image(put_image(server, "many", *layers), place(f"{server.host}/small:nydus"))
     assert len(listing(tree_of(place(f"{server.host}/small:nydus").open(), "nydus"))) == 255
+
+
+@pytest.mark.parametrize("repository", ["small", "elsewhere"])
+def test_oci_ref(server: FaultyRegistry, source: str, vectors: Path, tmp_path: Path, repository: str) -> None:
+    """Into another repository too, where the layers with the data have to go as well."""
+    from nydus.convert.check import check
+
+    target = place(f"{server.host}/{repository}:ref")
+    image(place(source), target, ConvertOptions(oci_ref=True))
+    theirs, ours = open_archive(vectors / "oci/oci-ref.tar"), target.open()
+    expected, found = load(theirs, ""), load(ours, "ref")
+    for document in (expected, found):
+        for key in (SOURCE_REFERENCE, BUILDER):
+            document["annotations"].pop(key)
+        document["mediaType"] = document["content type"]
+        document["config"]["content"]["rootfs"].pop("diff_ids")
+    assert without(found, DIFFERENT) == without(expected, DIFFERENT)
+    assert listing(tree_of(ours, "ref")) == listing(tree_of(theirs, ""))
+    amd64 = model.Platform(os="linux", architecture="amd64")
+    report = check(target, place(source), amd64, tmp_path)
+    assert report.kind == "oci-ref" and report.checks["filesystem"] == 17
+
+
+def test_oci_ref_of_zstd_layers_is_refused(server: FaultyRegistry, source: str) -> None:
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        changed = repository.manifest("latest")[1].replace(b"v1.tar+gzip", b"v1.tar+zstd")
+        repository.put_manifest("zstd", changed, model.OCI_MANIFEST)
+    with pytest.raises(ConfigError, match="layer 1 is zstd; oci-ref needs gzip"):
+        image(
+            place(f"{server.host}/small:zstd"), place(f"{server.host}/small:n"), ConvertOptions(oci_ref=True)
+        )

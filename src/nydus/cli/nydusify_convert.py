@@ -24,7 +24,6 @@ _NOT_YET = (
     "backend_force_push",
     "chunk_dict",
     "chunk_dict_insecure",
-    "oci_ref",
     "reverse",
 )
 
@@ -148,6 +147,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         aligned_chunk=values["fs_align_chunk"] or values["backend_aligned_chunk"],
         prefetch=_prefetch(values),
         oci=values["oci"] and not values["docker_v2_format"],
+        oci_ref=values["oci_ref"],
         merge_platform=values["merge_platform"],
         with_referrer=values["with_referrer"],
         record=None if values["no_reuse"] else default_folder(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from nydus.convert.cache import BuildCache
-from nydus.convert.copy import linkable_repository
+from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
 from nydus.convert.job import Converted
 from nydus.convert.layers import convert_layers, repository_of
@@ -74,6 +74,10 @@ def image(
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
+    if options.oci_ref:
+        if cache:
+            raise ConfigError("a build cache cannot be used with oci-ref")
+        options = replace(options, oci=True)
     if platforms is not None and not platforms:
         platforms = (host_platform(),)
     name = reference_name(target)
@@ -83,7 +87,7 @@ def image(
         reader = source.open()
         index, images = select(reader, source.target, str(source), platforms)
         for found in images:
-            _check(found, f"{source}")
+            _check(found, f"{source}", options)
         writer = target.open_sink()
         cached = cache.load(options) if cache else {}
         pulled = time.monotonic()
@@ -95,12 +99,17 @@ def image(
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
     progress.note(f"pushing image {target}")
+    link_from = linkable_repository(source, target)
+    if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
+        for found in images:
+            for layer in found.manifest.layers:
+                state = LayerProgress(0, layer.digest, layer.size)
+                copy_blob(reader, writer, state, link_from)
     manifests = [
         _assemble(found, [blobs[layer.digest] for layer in found.manifest.layers], source, writer, options)
         for found in images
     ]
     if options.merge_platform:
-        link_from = linkable_repository(source, target)
         entries = [put_original(found, reader, writer, link_from) for found in images]
         entries += _put_manifests(manifests, images, writer)
         descriptor = _put_index(model.OCI_INDEX, None, entries, name, writer)
@@ -127,7 +136,7 @@ def image(
     )
 
 
-def _check(found: Image, where: str) -> None:
+def _check(found: Image, where: str, options: ConvertOptions) -> None:
     if found.is_nydus:
         raise ConfigError(f"{where}: is a Nydus image already")
     if not found.manifest.layers:
@@ -139,6 +148,10 @@ def _check(found: Image, where: str) -> None:
         kind = layer.media_type
         if not kind.startswith(_LAYER_TYPES) or kind.endswith("+encrypted"):
             raise ConfigError(f"{where}: layer {number} is of a type that cannot be converted: {kind!r}")
+        if options.oci_ref and "zstd" in kind:
+            raise ConfigError(
+                f"{where}: layer {number} is zstd; oci-ref needs gzip layers, convert it instead"
+            )
 
 
 def _assemble(
@@ -169,7 +182,10 @@ def _assemble(
                 media_type=model.NYDUS_BLOB,
                 digest=blob.digest,
                 size=blob.size,
-                annotations={model.NYDUS_BLOB_ANNOTATION: "true"},
+                annotations={
+                    model.NYDUS_BLOB_ANNOTATION: "true",
+                    **({model.NYDUS_REF: blob.reference} if blob.reference else {}),
+                },
             )
             for blob in blobs
         ],

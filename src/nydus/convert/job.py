@@ -38,6 +38,7 @@ class Converted:
         duplicates: chunks that were found more than once.
         bootstrap: sha256 (hex) of the bootstrap in the blob.
         toc, toc_size: sha256 (hex) and size of the blob's table of contents.
+        reference: digest of the source layer that holds the data (oci-ref), else "".
         reused: it was converted before.
     """
 
@@ -51,3 +52,4 @@ class Converted:
     toc: str = ""
     toc_size: int = 0
     reused: bool = False
+    reference: str = ""

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 
 from nydus.build.layer import BuildOptions, build_layer
+from nydus.build.zran import build_reference
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
-from nydus.rafs.model import Compression
+from nydus.rafs.model import Compression, Digester
 
 _COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
 _REPORT_SECONDS = 0.1
@@ -24,6 +25,16 @@ def build_options(options: ConvertOptions) -> BuildOptions:
     """What the builder is told for a layer of an image."""
     from nydus.build.merge import Whiteout
 
+    if options.oci_ref:
+        return BuildOptions(
+            compression=Compression.GZIP,
+            digester=Digester.SHA256,
+            chunk_size=options.chunk_size,
+            inline_meta=True,
+            toc=True,
+            whiteout=Whiteout.NONE,
+            prefetch_table=True,
+        )
     six = options.fs_version == 6
     return BuildOptions(
         version=options.fs_version,
@@ -66,12 +77,13 @@ def convert_layer(job: Job, report: Report) -> Converted:
 def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
     started = time.monotonic()
     where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
+    build = build_reference if job.options.oci_ref else build_layer
     stream = source.blob(job.layer.digest, job.layer.size)
     try:
         with sink.upload() as upload:
             counted = _Counted(stream, upload, report)
             try:
-                result = build_layer(
+                result = build(
                     counted, counted.write, build_options(job.options), job.options.prefetch, where
                 )
                 counted.drain()
@@ -96,6 +108,7 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
         hashlib.sha256(result.bootstrap).hexdigest(),
         result.toc_digest.hex() if result.toc_size else "",
         result.toc_size,
+        reference=job.layer.digest if job.options.oci_ref else "",
     )
 
 

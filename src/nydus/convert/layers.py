@@ -46,7 +46,8 @@ def convert_layers(
     states = [LayerProgress(number, layer.digest, layer.size) for number, layer in distinct.values()]
     by_digest = {state.digest: state for state in states}
     progress.layers(states)
-    record = Record(options.record, options) if options.record else None
+    # An index over a layer is made faster than found again.
+    record = Record(options.record, options) if options.record and not options.oci_ref else None
     blobs: dict[str, Converted] = {}
 
     def finish(digest: str, converted: Converted) -> None:

@@ -22,6 +22,7 @@ class ConvertOptions:
         aligned_chunk: chunks are aligned to 4 KiB in the blob.
         prefetch: paths that a daemon fetches first.
         oci: Docker's media types become those of OCI.
+        oci_ref: layers stay as they are; a Nydus blob holds only the tables that say where their files lie.
         merge_platform: the target is an index of the source image and the Nydus image.
         with_referrer: the source manifest is the subject of the Nydus manifest.
         record: folder that remembers converted layers (see :mod:`nydus.convert.reuse`); None for none.
@@ -37,6 +38,7 @@ class ConvertOptions:
     aligned_chunk: bool = False
     prefetch: tuple[bytes, ...] = (b"/",)
     oci: bool = False
+    oci_ref: bool = False
     merge_platform: bool = False
     with_referrer: bool = False
     record: Path | None = None
@@ -49,6 +51,8 @@ class ConvertOptions:
             raise ConfigError(f"fs-version must be 5 or 6, not {self.fs_version}")
         if self.compressor not in COMPRESSORS:
             raise ConfigError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
+        if self.oci_ref and (self.fs_version != 6 or self.batch_size or self.aligned_chunk):
+            raise ConfigError("oci-ref needs fs-version 6, and cannot batch or align chunks")
         size = self.chunk_size
         if size & (size - 1) or not 1 << 12 <= size <= 1 << 24:
             raise ConfigError(f"chunk-size must be a power of two from 0x1000 to 0x1000000, not {size:#x}")
