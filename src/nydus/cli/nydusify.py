@@ -22,6 +22,10 @@ from nydus.errors import ConfigError
             "Say what kind of image this is, how large, how much is shared.",
         ),
         "mount": ("nydus.cli.nydusify_mount:mount", "Mount a Nydus image until interrupted."),
+        "optimize": (
+            "nydus.cli.nydusify_optimize:optimize",
+            "Put what a container reads first into a blob of its own.",
+        ),
         "view": ("nydus.cli.nydusify_mount:mount", "The same as mount."),
     },
 )

@@ -1,0 +1,97 @@
+"""``nydusify optimize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError
+
+_TOLD = 5
+
+
+@click.command(cls=GoCommand, short_help="Put what a container reads first into a blob of its own.")
+@option("--source", env="SOURCE", required=True, help="Reference of the Nydus image.")
+@option("--target", env="TARGET", required=True, help="Reference to push the new image to.")
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option(
+    "--prefetch-files",
+    env="PREFETCH_FILES",
+    required=True,
+    type=click.Path(),
+    help="The files: JSON list, trace of the optimizer, metrics/pattern of a daemon, or plain lines.",
+)
+@option("--policy", env="OPTIMIZE_POLICY", default="separated-blob-with-prefetch-files", hidden=True)
+@option("--platform", help="os/architecture; default: this machine's.")
+@option("--source-backend-type", hidden=True)
+@option("--source-backend-config", hidden=True)
+@option("--source-backend-config-file", hidden=True)
+@option("--push-chunk-size", default="0MB", hidden=True)
+@option("--work-dir", env="WORK_DIR", default="./tmp", help="For the new blob until it is pushed. [./tmp]")
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@click.pass_context
+def optimize(ctx: click.Context, /, **values: Any) -> None:
+    """Put what a container reads first into a blob of its own.
+
+    A daemon fetches that blob in one go while the container starts. Files and everything else stay the same.
+    The target may be any repository: blobs that it lacks are linked or copied.
+    """
+    from nydus.cli.nydusify_convert import work_dir
+    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.cli.progress import progress_for
+    from nydus.convert.optimize import optimize as run
+    from nydus.oci.place import registry_place
+    from nydus.oci.reference import parse
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    plain = values["plain_http"]
+    source = source_place(
+        values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
+    )
+    target = registry_place(parse(values["target"]), plain_http=plain, insecure=values["target_insecure"])
+    try:
+        trace = Path(values["prefetch_files"]).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--prefetch-files {values['prefetch_files']}: {error.strerror}") from error
+    backend = _backend(values)
+    with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
+        made = run(
+            source,
+            target,
+            trace,
+            values["prefetch_files"],
+            one_platform(values["platform"]),
+            folder,
+            progress,
+            backend,
+        )
+    for path in made.missing[:_TOLD]:
+        log.warning(f"{path} is not in the image")
+    if len(made.missing) > _TOLD:
+        log.warning(f"and {len(made.missing) - _TOLD} more are not")
+    log.info(
+        f"{made.files} files, {made.chunks} chunks, {human(made.size)} in the new blob {made.blob[:12]}; "
+        f"copied {human(made.sent)} of the others",
+        target=target,
+        digest=made.descriptor.digest,
+    )
+
+
+def _backend(values: dict[str, Any]) -> Any:
+    """The source of blobs that the ``--source-backend-…`` options describe, or None."""
+    from nydus.cli.image_source import open_blobs
+
+    if not values["source_backend_type"]:
+        return None
+    return open_blobs(
+        backend_type=values["source_backend_type"],
+        backend_config=values["source_backend_config"],
+        backend_config_file=values["source_backend_config_file"],
+    )

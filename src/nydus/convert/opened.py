@@ -1,0 +1,205 @@
+"""A Nydus image where it lies, opened for reading its files and for making another image of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nydus.convert.copy import copy_blobs
+from nydus.convert.documents import BOOTSTRAP, bootstrap_layer, unpack_bootstrap_layer
+from nydus.convert.progress import Progress
+from nydus.convert.select import Image, select
+from nydus.errors import ConfigError, FormatError
+from nydus.oci import model
+from nydus.oci.model import Descriptor, Platform
+from nydus.oci.place import Sink, Source, SourcePlace
+from nydus.storage.backend import MeteredBackend
+
+if TYPE_CHECKING:
+    from nydus.rafs.model import Tree
+
+_META = ".blob.meta"
+#: Annotations that tools leave on layers by mistake; they mean nothing outside of the store they come from.
+_STRAY = (model.UNCOMPRESSED, "containerd.io/distribution.source.")
+
+
+class SourceBackend(MeteredBackend):
+    """The blobs of a repository, layout or archive by their id (sha256, hex)."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__("image")
+        self._source = source
+
+    def _read(self, blob_id: str, offset: int, size: int) -> bytes:
+        return self._source.read_range(f"sha256:{blob_id}", offset, size)
+
+    def size(self, blob_id: str) -> int:
+        return self._source.blob_size(f"sha256:{blob_id}")
+
+    def close(self) -> None:
+        """The source stays open: it is not ours."""
+
+
+@dataclass
+class Opened:
+    """A Nydus image of one platform.
+
+    Attributes:
+        found: its documents.
+        files: of the bootstrap layer, by path in it.
+        tree: its file system.
+    """
+
+    place: SourcePlace
+    source: Source
+    found: Image
+    files: dict[str, bytes]
+    tree: Tree
+
+    @property
+    def blobs(self) -> list[Descriptor]:
+        """The layers without the bootstrap, as another image can list them."""
+        return [
+            msgspec.structs.replace(
+                layer, annotations={k: v for k, v in layer.annotations.items() if not k.startswith(_STRAY)}
+            )
+            for layer in self.found.manifest.layers[:-1]
+        ]
+
+    @cached_property
+    def backend(self) -> SourceBackend:
+        """Where its blobs can be read.
+
+        Raises:
+            ConfigError: they are in a storage backend, of which the image does not say more.
+        """
+        if self.tree.blobs and not self.blobs:
+            raise ConfigError(
+                f"{self.place}: its blobs are in a storage backend; say which with --backend-type"
+            )
+        return SourceBackend(self.source)
+
+    @property
+    def metas(self) -> dict[str, bytes]:
+        """Blob id -> ``blob.meta`` file, of those that the bootstrap layer has."""
+        return {
+            name.removeprefix("image/").removesuffix(_META): data
+            for name, data in self.files.items()
+            if name.endswith(_META)
+        }
+
+    def needed(self) -> list[Descriptor]:
+        """The blobs that a copy of the image needs, with the layers that an index (``oci-ref``) is over."""
+        found = {blob.digest: blob for blob in self.blobs}
+        for blob in self.blobs:
+            if (digest := blob.annotations.get(model.NYDUS_REF)) and digest not in found:
+                found[digest] = Descriptor(digest=digest, size=self.source.blob_size(digest))
+        return list(found.values())
+
+    def copy_to(self, writer: Sink, link_from: str, progress: Progress) -> int:
+        """Has all blobs in a target; returns bytes sent.
+
+        Args:
+            link_from: a repository of the target's registry that has them, "" for none.
+        """
+        return copy_blobs(self.source, writer, self.needed(), link_from, progress)
+
+
+def open_nydus(place: SourcePlace, platform: Platform) -> Opened:
+    """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
+
+    Raises:
+        ConfigError: it is not a Nydus image, or there is none for the platform.
+        FormatError: a document or the bootstrap is damaged.
+        BackendError: it cannot be read.
+    """
+    from nydus import rafs
+
+    source = place.open()
+    _, images = select(source, place.target, str(place), [platform], nydus=True)
+    found = next((image for image in images if image.is_nydus), None)
+    if found is None:
+        raise ConfigError(f"{place}: is not a Nydus image; convert it first")
+    layer = found.manifest.layers[-1]
+    stream = source.blob(layer.digest, layer.size)
+    try:
+        files, diff_id = unpack_bootstrap_layer(stream.read(-1), f"{place}: bootstrap layer")
+    finally:
+        stream.close()
+    diff_ids = found.config.rootfs.diff_ids
+    if not diff_ids or diff_ids[-1] != diff_id:
+        expected = diff_ids[-1] if diff_ids else "none"
+        raise FormatError(
+            "wrong diff id", where=f"{place}: bootstrap layer", expected=expected, found=diff_id
+        )
+    return Opened(place, source, found, files, rafs.read(files[BOOTSTRAP], f"{place}: {BOOTSTRAP}"))
+
+
+def put_variant(
+    base: Opened,
+    writer: Sink,
+    name: str,
+    tree: Tree,
+    blobs: Sequence[Descriptor],
+    *,
+    metas: Mapping[str, bytes],
+    annotations: Mapping[str, str],
+    history: Sequence[str] = (),
+    others: Mapping[str, bytes] | None = None,
+) -> Descriptor:
+    """Stores an image that is another one with other layers, under a name. The blobs must be there.
+
+    All else is kept, but for ``subject``: what the first image was made of does not refer to this one.
+
+    Args:
+        blobs: its layers below the bootstrap.
+        metas: blob id -> ``blob.meta`` file; those of blobs that the image does not have are left out.
+        annotations: of the bootstrap layer, besides those that every one has.
+        history: what each blob beyond those of ``base`` is, for the history of the config.
+        others: more files of the bootstrap layer.
+    """
+    from nydus.build.layer import write_bootstrap
+
+    ids = {blob.digest.partition(":")[2] for blob in blobs}
+    kept = {blob_id: data for blob_id, data in metas.items() if blob_id in ids}
+    packed, diff_id = bootstrap_layer(write_bootstrap(tree), kept, others)
+    manifest = base.found.manifest
+    docker = manifest.media_type == model.DOCKER_MANIFEST
+    stored = writer.put_blob(packed, model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP)
+    version = {model.NYDUS_FS_VERSION: str(tree.version)}
+    marks = {model.NYDUS_BOOTSTRAP: "true", **version, **annotations}
+    raw = _config(base.found.raw_config, [*(blob.digest for blob in blobs), diff_id], history)
+    changed = msgspec.structs.replace(
+        manifest,
+        config=writer.put_blob(raw, manifest.config.media_type or model.OCI_CONFIG),
+        layers=(*blobs, msgspec.structs.replace(stored, annotations=marks)),
+        subject=None,
+        annotations={**(manifest.annotations or {}), **version},
+    )
+    return writer.put_manifest(name, model.encode(changed), changed.media_type)
+
+
+def _config(raw: bytes, diff_ids: Sequence[str], history: Sequence[str]) -> bytes:
+    config: dict[str, Any] = json.loads(raw)
+    config["rootfs"] = {"type": "layers", "diff_ids": list(diff_ids)}
+    entries = list(config.get("history") or [])
+    added = [{"created_by": f"nydusify {text.partition(':')[0]}", "comment": text} for text in history]
+    if entries:
+        last = len(entries) - (entries[-1].get("comment") == "Nydus Bootstrap Layer")
+        config["history"] = [*entries[:last], *added, *entries[last:]]
+    return model.encode(config)
+
+
+def blob_layer(digest: str, size: int) -> Descriptor:
+    """The layer that a blob is."""
+    return Descriptor(
+        media_type=model.NYDUS_BLOB,
+        digest=digest,
+        size=size,
+        annotations={model.NYDUS_BLOB_ANNOTATION: "true"},
+    )

@@ -1,0 +1,141 @@
+"""``nydusify optimize``: an image whose first reads lie in a blob of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydus.convert.copy import linkable_repository
+from nydus.convert.documents import BOOTSTRAP
+from nydus.convert.opened import blob_layer, open_nydus, put_variant
+from nydus.convert.progress import Progress, Silent
+from nydus.convert.select import reference_name
+from nydus.errors import ConfigError
+from nydus.oci.model import Descriptor, Platform
+from nydus.oci.place import Sink, SinkPlace, SourcePlace
+
+if TYPE_CHECKING:
+    from nydus.build.optimize import Optimized
+    from nydus.rafs.model import BlobInfo, Tree
+    from nydus.storage.backend import Backend
+
+#: Of the bootstrap layer: id of the blob with what is read first.
+PREFETCH_BLOB = "containerd.io/snapshot/nydus-separated-blob-with-prefetch-files"
+#: In the bootstrap layer: the trace that the image was optimized with.
+_PREFETCH_FILES = "image/prefetch.files"
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizedImage:
+    """What came of it; sizes in bytes.
+
+    Attributes:
+        files: of the trace that are in the image; ``missing`` are not.
+        blob, size, chunks: id (hex), size and chunks of the new blob; "" and 0 if there was nothing for it.
+        sent: bytes of other blobs that had to be copied.
+    """
+
+    descriptor: Descriptor
+    files: int
+    missing: list[str]
+    blob: str = ""
+    size: int = 0
+    chunks: int = 0
+    sent: int = 0
+
+
+def optimize(
+    source: SourcePlace,
+    target: SinkPlace,
+    trace: bytes,
+    trace_name: str,
+    platform: Platform,
+    work_dir: Path,
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+) -> OptimizedImage:
+    """Puts what a trace names into one more blob, and has the whole image in the target.
+
+    Args:
+        trace: see :func:`nydus.convert.trace.read_trace`.
+        work_dir: existing folder for the new blob until it is stored.
+        backend: where the blobs are, if not beside the manifest; then the image is to have them in both.
+
+    Raises:
+        NydusError: one line that says what is wrong and where; the target's tag is not there then.
+    """
+    from nydus import image as images
+    from nydus.build import optimize as build
+    from nydus.convert.trace import read_trace, resolve
+
+    progress = progress or Silent()
+    name = reference_name(target)
+    progress.note("pulling bootstrap", image=source)
+    base = open_nydus(source, platform)
+    if base.tree.blobs and not base.blobs:
+        raise ConfigError(f"{source}: its blobs are in a storage backend; optimize works on registries only")
+    files, missing = resolve(read_trace(trace, trace_name, base.files[BOOTSTRAP]), base.tree)
+    if not files:
+        raise ConfigError(f"{trace_name}: names no file of {source}")
+    writer = target.open_sink()
+    sent = base.copy_to(writer, linkable_repository(source, target), progress)
+    progress.note("optimizing image", image=source)
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder:
+        with closing(images.open(base.tree, backend or base.backend)) as image:
+            made = build.optimize(image, files, folder)
+        if made.blob is None:
+            raise ConfigError(f"{trace_name}: no file of it has data in {source}")
+        progress.note("pushing image", image=target)
+        path = Path(folder) / made.blob.id
+        layer = _store(path, made.blob.id, writer)
+        metas = {**base.metas, **_table(made.blob, path)} if base.tree.version == 6 else {}
+    _fetch_first(made, base.tree, [file.path for file in files])
+    descriptor = put_variant(
+        base,
+        writer,
+        name,
+        made.tree,
+        [*base.blobs, layer],
+        metas=metas,
+        annotations={PREFETCH_BLOB: made.blob.id},
+        history=["optimize: what is read first"],
+        others={_PREFETCH_FILES: trace},
+    )
+    progress.note("pushed image", image=target)
+    return OptimizedImage(
+        descriptor, len(files), missing, made.blob.id, layer.size, made.blob.chunk_count, sent
+    )
+
+
+def _store(path: Path, blob_id: str, writer: Sink) -> Descriptor:
+    digest, size = f"sha256:{blob_id}", path.stat().st_size
+    if not writer.has_blob(digest):
+        with open(path, "rb") as file, writer.upload() as upload:
+            while piece := file.read(_PIECE):
+                upload.write(piece)
+            upload.commit(digest)
+    return blob_layer(digest, size)
+
+
+def _table(blob: BlobInfo, path: Path) -> dict[str, bytes]:
+    """The ``blob.meta`` file of a blob on disk."""
+    from nydus.rafs import blobmeta
+
+    with open(path, "rb") as file:
+        descriptor = file.fileno()
+
+        def read(offset: int, size: int) -> bytes:
+            return os.pread(descriptor, size, offset)
+
+        return {blob.id: blobmeta.to_cache_file(blobmeta.load(blob, read, path.name, path.stat().st_size))}
+
+
+def _fetch_first(made: Optimized, old: Tree, paths: list[str]) -> None:
+    """Names the files in the prefetch table, before what was there."""
+    rows = [made.tree.find(os.fsencode(path)) for path in paths]
+    made.tree.prefetch = list(dict.fromkeys([*(row for row in rows if row is not None), *old.prefetch]))
