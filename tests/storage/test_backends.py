@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from objectstore_server import ObjectStoreServer
 
 from nydus.errors import BackendError, ConfigError
 from nydus.oci.registry import Registry
@@ -167,7 +168,26 @@ def dead_mirror(tmp_path: Path, peer: Peer, proxy: Peer) -> Iterator[Backend]:
     yield backends.create("registry", config_of(peer, mirrors=[{"host": "http://127.0.0.1:1"}]))
 
 
-@pytest.fixture(params=[localfs, embedded, direct, proxied, dead_mirror], ids=lambda f: f.__name__)
+@contextmanager
+def object_store(kind: str) -> Iterator[Backend]:
+    with closing(ObjectStoreServer()) as server:
+        server.objects[f"images/nydus/{ID}"] = DATA
+        yield backends.create(kind, server.config())
+
+
+@contextmanager
+def s3(tmp_path: Path, peer: Peer, proxy: Peer) -> Iterator[Backend]:
+    with object_store("s3") as backend:
+        yield backend
+
+
+@contextmanager
+def oss(tmp_path: Path, peer: Peer, proxy: Peer) -> Iterator[Backend]:
+    with object_store("oss") as backend:
+        yield backend
+
+
+@pytest.fixture(params=[localfs, embedded, direct, proxied, dead_mirror, s3, oss], ids=lambda f: f.__name__)
 def backend(request: pytest.FixtureRequest, tmp_path: Path, peer: Peer, proxy: Peer) -> Iterator[Backend]:
     with request.param(tmp_path, peer, proxy) as result:
         with closing(result):
@@ -395,6 +415,12 @@ def test_no_fallback_means_none(peer: Peer, proxy: Peer) -> None:
         ("nfs", {}, "unknown backend type 'nfs'"),
         ("localfs", {}, "one of 'blob_file' and 'dir'"),
         ("localfs", {"dir": 5}, r"localfs backend: Expected `str`, got `int` - at `\$.dir`"),
+        ("s3", {"region": "x"}, "missing required field `bucket_name`"),
+        ("s3", {"bucket_name": "x"}, "'region' must not be empty"),
+        ("s3", {"bucket_name": "x", "region": "y", "access_key_id": "z"}, "go together"),
+        ("s3", {"bucket_name": "x", "region": "y", "ca_cert_files": ["z"]}, "are not supported"),
+        ("oss", {"bucket_name": "x"}, "'endpoint' must not be empty"),
+        ("oss", {"bucket_name": "x", "endpoint": "y", "scheme": "ftp"}, "'scheme' is 'ftp'"),
         ("registry", {"repo": "x"}, "missing required field `host`"),
         ("registry", {"host": "", "repo": "x"}, "must not be empty"),
         ("registry", {"host": "h", "repo": "x", "scheme": "ftp"}, "'scheme' is 'ftp'"),

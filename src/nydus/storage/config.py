@@ -61,6 +61,25 @@ class RegistryConfig(msgspec.Struct):
     mirrors: list[MirrorConfig] = []
 
 
+class ObjectStoreConfig(msgspec.Struct):
+    """Of ``s3`` and ``oss``; ``checksum_algorithm`` and ``region`` are for the former only."""
+
+    bucket_name: str
+    endpoint: str = ""
+    region: str = ""
+    scheme: str = "https"
+    object_prefix: str = ""
+    access_key_id: str = ""
+    access_key_secret: str = ""
+    checksum_algorithm: str = ""
+    skip_verify: bool = False
+    ca_cert_files: list[str] = []
+    timeout: float = 5
+    connect_timeout: float = 5
+    retry_limit: int = 0
+    proxy: ProxyConfig = msgspec.field(default_factory=ProxyConfig)
+
+
 def convert(kind: str, config: dict[str, Any], form: type[T]) -> T:
     """A document as a typed object.
 

@@ -28,4 +28,9 @@ def create(kind: str, config: dict[str, Any]) -> Backend:
         from nydus.storage.config import RegistryConfig, convert
 
         return RegistryBackend(convert("registry", config, RegistryConfig))
-    raise ConfigError(f"unknown backend type {kind!r} (known: localfs, registry)")
+    if kind in ("s3", "oss"):
+        from nydus.storage.backends.objectstore import ObjectStore
+        from nydus.storage.config import ObjectStoreConfig, convert
+
+        return ObjectStore(kind, convert(kind, config, ObjectStoreConfig))
+    raise ConfigError(f"unknown backend type {kind!r} (known: localfs, oss, registry, s3)")
