@@ -11,7 +11,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    unprivileged = os.geteuid() != 0 or not os.path.exists("/dev/fuse")
+    unprivileged = os.geteuid() != 0 or not Path("/dev/fuse").exists()
     for item in items:
         if unprivileged and (item.get_closest_marker("root") or item.get_closest_marker("containerd")):
             item.add_marker(pytest.mark.skip(reason="needs root and /dev/fuse"))
