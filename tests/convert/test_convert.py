@@ -480,3 +480,30 @@ def test_oci_ref_of_zstd_layers_is_refused(server: FaultyRegistry, source: str) 
         image(
             place(f"{server.host}/small:zstd"), place(f"{server.host}/small:n"), ConvertOptions(oci_ref=True)
         )
+
+
+@pytest.mark.parametrize("vector", ["v6-zstd", "v5-zstd", "v6-batch", "merged-index", "oci-ref"])
+def test_back_to_an_ordinary_image(
+    server: FaultyRegistry, source: str, vectors: Path, tmp_path: Path, vector: str
+) -> None:
+    """Of what the reference made: the same file system, and no trace of Nydus in layers and config."""
+    from nydus.convert.check import Side, _listing
+    from nydus.convert.listing import compare
+    from nydus.convert.reverse import reverse
+    from nydus.convert.select import select
+
+    copy(ArchivePlace(vectors / f"oci/{vector}.tar"), place(f"{server.host}/small:n"))
+    target = place(f"{server.host}/other:oci")
+    reverse(place(f"{server.host}/small:n"), target)
+    sides = []
+    for reference in (place(source), target):
+        reader = reference.open()
+        _, (found,) = select(reader, reference.target, str(reference), None)
+        assert not found.is_nydus
+        sides.append(_listing(Side("source", reference, reader, oci=found), tmp_path))
+    assert compare(*sides) == 17
+    before, after = load(place(source).open(), "latest"), load(target.open(), "oci")
+    assert after["config"]["content"]["history"] == before["config"]["content"]["history"]
+    assert not any("annotations" in layer for layer in after["layers"])
+    with pytest.raises(ConfigError, match="is not a Nydus image"):
+        reverse(place(source), target)

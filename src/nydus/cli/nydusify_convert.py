@@ -24,7 +24,6 @@ _NOT_YET = (
     "backend_force_push",
     "chunk_dict",
     "chunk_dict_insecure",
-    "reverse",
 )
 
 
@@ -119,6 +118,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
+    from nydus.convert.reverse import reverse
     from nydus.convert.select import parse_platform
     from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
@@ -163,7 +163,10 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             place: SinkPlace = registry_place(
                 target, plain_http=values["plain_http"], insecure=values["target_insecure"]
             )
-            result = image(source, place, options, progress, platforms, _build_cache(values, target))
+            if values["reverse"]:
+                result = reverse(source, place, options, progress, platforms)
+            else:
+                result = image(source, place, options, progress, platforms, _build_cache(values, target))
         else:
             from nydus.oci.archive import write_archive
             from nydus.oci.layout import Layout
@@ -173,7 +176,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                 raise ConfigError(f"--target-archive {archive}: its folder does not exist")
             with work_dir(Path(values["work_dir"])) as base:
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    result = image(source, LayoutPlace(Path(folder)), options, progress, platforms)
+                    run = reverse if values["reverse"] else image
+                    result = run(source, LayoutPlace(Path(folder)), options, progress, platforms)
                     write_archive(Layout(folder), archive, target)
     seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
     where = values["target_archive"] or str(target)
