@@ -190,6 +190,26 @@ def test_ctr_remote_pulls_lazily_and_ctr_runs(
         assert " 0 bytes downloaded" in done.stdout
 
 
+def test_namespaces_share_an_image(node: Node, images: dict[str, str]) -> None:
+    reference = images["v6-zstd"]
+    node.start(reference)
+    pull = ("images", "rpull", "--snapshotter", "nydus", reference)
+    node.containerd.ctr(*pull, program=OURS, namespace="other")
+    run = ("run", "--rm", "--snapshotter", "nydus", "--net-host", reference, "c1")
+    assert node.containerd.ctr(*run, namespace="other").stdout == SAYS
+    assert len(node.image_mounts()) == 1 + (node.mode == "shared")
+    node.containerd.ctr("images", "rm", "--sync", reference, namespace="other")
+    assert node.run(reference) == (0, SAYS)
+
+
+def test_a_restarted_containerd_finds_its_containers(node: Node, images: dict[str, str]) -> None:
+    _, container = node.start(images["v6-zstd"])
+    node.containerd.stop()
+    node.containerd.start()
+    assert container.running()
+    assert container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256") == (0, b"app/data.bin: OK\n")
+
+
 def test_ctr_remote_says_what_is_wrong(node: Node, images: dict[str, str]) -> None:
     pull = ("images", "rpull", "--snapshotter", "nydus")
     done = node.containerd.ctr(*pull, f"{node.host}/run:nothing", program=OURS, check=False)

@@ -188,14 +188,14 @@ class PrivateContainerd:
                 time.sleep(0.05)
 
     def ctr(
-        self, *arguments: str, program: str = "ctr", check: bool = True
+        self, *arguments: str, program: str = "ctr", namespace: str = "k8s.io", check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``ctr`` (or ``ctr-remote``) against it, in the CRI's namespace.
+        """Run ``ctr`` (or ``ctr-remote``) against it, in the CRI's namespace or another.
 
         Raises:
             NydusError: it failed and ``check`` is set; the text is its own.
         """
-        command = [program, "--address", str(self.address), "--namespace", "k8s.io", *arguments]
+        command = [program, "--address", str(self.address), "--namespace", namespace, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
         if check and done.returncode:
             raise NydusError(f"{program} {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
