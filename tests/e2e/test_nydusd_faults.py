@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,38 @@ def test_an_unmount_from_outside_ends_a_dedicated_daemon(image: Image, tmp_path:
         subprocess.run(["umount", str(daemon.mountpoint)], check=True)
         assert daemon.process.wait(10) == 0
         assert not daemon.socket.exists()
+
+
+def test_kills_during_mounts_leave_nothing_half_done(image: Image, tmp_path: Path) -> None:
+    """A worker that is killed inside a mount waits for itself, until its successor answers."""
+    config = localfs_config(image.blobs, tmp_path / "cache")
+    with Nydusd(tmp_path) as daemon:
+        stopping = threading.Event()
+
+        def kill() -> None:
+            while not stopping.wait(random.uniform(0.01, 0.08)):
+                if worker := daemon.worker:
+                    os.kill(worker, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        end = time.monotonic() + 5
+        number = 0
+        while time.monotonic() < end:
+            number += 1
+            for call in (
+                lambda at=f"/{number}": daemon.client.mount(at, image.bootstrap, config),
+                lambda at=f"/{number}": daemon.client.umount(at),
+            ):
+                with suppress(DaemonError):
+                    call()
+        stopping.set()
+        killer.join()
+        for mountpoint in daemon.client.info()["backend_collection"]:
+            assert (daemon.mountpoint / mountpoint[1:] / "d1").is_dir()
+            daemon.client.umount(mountpoint)
+        assert daemon.mounts() == [str(daemon.mountpoint)]
+        daemon.client.mount("/end", image.bootstrap, config)
+        assert (daemon.mountpoint / "end/huge").read_bytes() == (image.source / "huge").read_bytes()
+        assert daemon.stop() == 0
+        assert daemon.mounts() == []
