@@ -51,6 +51,8 @@ class NydusFileSystem(AbstractFileSystem):  # type: ignore[misc]
         remote = target_options or {}
         if isinstance(blobs, str) and "://" in blobs:
             blobs = FsspecBackend(*fsspec.core.url_to_fs(blobs, **remote))
+        if isinstance(fo, str) and fo.startswith(image.TRANSPORTS):
+            fo = image.open(fo, blobs)
         if isinstance(fo, str) and ("://" in fo or target_protocol not in (None, "file", "local")):
             where = fo if "://" in fo else f"{target_protocol}://{fo}"
             source, path = fsspec.core.url_to_fs(where, **remote)

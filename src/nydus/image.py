@@ -36,11 +36,14 @@ from nydus.rafs.model import CHUNK, Array, BlobInfo, ChunkFlag, Tree
 if TYPE_CHECKING:
     from nydus.build.layer import BuildOptions
     from nydus.build.merge import Whiteout
+    from nydus.oci.place import SourcePlace
     from nydus.storage.backend import Backend
     from nydus.storage.reader import Buffer, ChunkReader
 
 Name = str | bytes | os.PathLike[str]
 
+#: Prefixes of images that are not files, as other tools write them.
+TRANSPORTS = ("docker://", "oci:", "oci-archive:")
 _MAX_SYMLINKS = 40
 _READ_AHEAD = 1 << 20
 
@@ -393,24 +396,39 @@ def open(
     blobs: str | os.PathLike[str] | Backend | Mapping[str, Any] | None = None,
     *,
     threads: int = 0,
+    plain_http: bool = False,
+    insecure: bool = False,
+    platform: str = "",
 ) -> Image:
     """Open an image.
 
     Args:
         bootstrap: path of a bootstrap file, or of a blob that holds its bootstrap; the bytes of a bootstrap;
-            or a tree.
+            a tree; or where an image lies: ``docker://HOST/REPOSITORY:TAG``, ``oci:DIRECTORY[:TAG]`` (a
+            layout) or ``oci-archive:FILE[:TAG]``.
         blobs: where the data are: a directory with a file for each blob id, one file that holds them all, a
             :class:`~nydus.storage.backend.Backend` (stays the caller's to close), or a configuration as of
             ``device.backend`` (``{"type": "registry", "config": {...}}``), or the daemon configuration that
-            contains it. By default the directory of the bootstrap.
+            contains it. By default the directory of the bootstrap, or the place that the image lies in.
         threads: that decode at the same time; 0 for what the machine has, at most 4.
+        plain_http, insecure: speak http to the registry; accept any TLS certificate.
+        platform: ``OS/ARCHITECTURE[/VARIANT]`` of the image to take of an index; this machine's by default.
 
     Raises:
-        NydusError: the bootstrap cannot be read. FormatError: it is damaged. ConfigError: unknown ``blobs``.
+        NydusError: the bootstrap cannot be read. FormatError: it is damaged. ConfigError: unknown ``blobs``,
+        or not a Nydus image. BackendError: the registry refuses.
     """
     stem = ""
     if isinstance(bootstrap, Tree):
         tree = bootstrap
+    elif isinstance(bootstrap, str) and bootstrap.startswith(TRANSPORTS):
+        from nydus.convert.opened import open_nydus
+        from nydus.convert.select import host_platform, parse_platform
+
+        place = _place(bootstrap, plain_http, insecure)
+        opened = open_nydus(place, parse_platform(platform) if platform else host_platform())
+        tree = opened.tree
+        blobs = opened.backend if blobs is None else blobs
     elif isinstance(bootstrap, str | os.PathLike):
         from nydus.build import bootstrap as files
 
@@ -423,6 +441,19 @@ def open(
         return Image(tree, None)
     backend, owned = open_backend(blobs)
     return Image(tree, backend, owned=owned, stem=stem, threads=threads)
+
+
+def _place(name: str, plain_http: bool, insecure: bool) -> SourcePlace:
+    from nydus.oci import place, reference
+
+    transport, _, rest = name.partition(":")
+    if transport == "docker":
+        parsed = reference.parse(rest.removeprefix("//"))
+        return place.registry_place(parsed, plain_http=plain_http, insecure=insecure)
+    file, colon, tag = rest.rpartition(":")
+    path = Path(file if colon else rest)
+    kind = place.LayoutPlace if transport == "oci" else place.ArchivePlace
+    return kind(path, tag if colon else "", name)
 
 
 def open_backend(blobs: str | os.PathLike[str] | Backend | Mapping[str, Any]) -> tuple[Backend, bool]:

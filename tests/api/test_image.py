@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ import nydus
 from conformance.content import expected
 from conformance.test_read import NAMES
 from nydus.errors import BackendError, ConfigError, FormatError, NydusError
+from nydus.oci import model
+from nydus.oci.archive import open_archive
+from nydus.oci.registry import Registry
+from nydus.oci.server import RegistryServer
 from nydus.rafs.model import BlobFeature
 from nydus.storage.backends.localfs import LocalFs
 
@@ -87,6 +92,38 @@ def test_every_vector_reads_the_same(name: str, vectors: Path, tmp_path: Path) -
     assert found.keys() == rows.keys()
     for path, row in rows.items():
         assert found[path] == row
+
+
+@pytest.mark.vectors
+@pytest.mark.parametrize("name", ["v5-zstd", "v6-zstd", "v6-lz4", "v6-batch", "prefetch", "oci-types"])
+def test_archived_images(name: str, vectors: Path, tmp_path: Path) -> None:
+    with nydus.open(f"oci-archive:{vectors}/oci/{name}.tar") as image:
+        found = describe(image)
+    rows = expected(vectors / "oci" / "expected.jsonl")
+    del rows["/"]
+    assert found == rows
+    with tarfile.open(vectors / "oci" / f"{name}.tar") as archive:
+        archive.extractall(tmp_path / "layout", filter="data")
+    with nydus.open(f"oci:{tmp_path}/layout") as image:
+        path = next(path for path, row in rows.items() if row.get("sha256"))
+        assert hashlib.sha256(image.read(path)).hexdigest() == rows[path]["sha256"]
+
+
+@pytest.mark.vectors
+def test_image_in_a_registry(vectors: Path, tmp_path: Path) -> None:
+    with RegistryServer(tmp_path / "registry") as server:
+        source = open_archive(vectors / "oci" / "v6-zstd.tar")
+        descriptor, raw = source.manifest("")
+        manifest = model.decode(raw, model.Manifest, "manifest")
+        target = Registry(server.host, plain_http=True).repository("demo/app")
+        for blob in (manifest.config, *manifest.layers):
+            target.put_blob(source.document(blob), blob.media_type)
+        target.put_manifest("latest", raw, descriptor.media_type)
+        with nydus.open(f"docker://{server.host}/demo/app", plain_http=True) as image:
+            found = describe(image)
+    rows = expected(vectors / "oci" / "expected.jsonl")
+    del rows["/"]
+    assert found == rows
 
 
 @pytest.mark.vectors
