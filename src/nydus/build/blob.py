@@ -215,6 +215,8 @@ class BlobWriter:
     def finish(self) -> None:
         """Wait until everything is stored, and fill in what :attr:`info` says of the blob."""
         self.flush()
+        self._own.clear()
+        self._foreign.clear()
         info = self.info
         info.chunk_count = len(self._usize)
         info.compressed_size = self._sink.size

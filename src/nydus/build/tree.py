@@ -308,7 +308,7 @@ class TreeBuilder:
         references: Array,
         blobs: list[BlobInfo],
     ) -> Tree:
-        """The tree of all names.
+        """The tree of all names. Ends the builder: its own tables are freed.
 
         Args:
             table: CHUNK rows, one for each distinct chunk.
@@ -331,6 +331,10 @@ class TreeBuilder:
             nodes["target_offset"][row], nodes["target_length"][row] = size, len(target)
             targets.append(target)
             size += len(target)
+        self._children, self._known, self._targets = {}, {}, {}
+        self._rows, self._numbering = bytearray(), None
+        heap = b"".join(names)
+        del order, names
         group_links(nodes, nodes["link"])
         if version == 5:
             directory_sizes(nodes)
@@ -340,7 +344,7 @@ class TreeBuilder:
         if (nodes["xattr"] >= 0).any():
             flags |= SuperFlag.HAS_XATTR
         return Tree(
-            version, chunk_size, flags, nodes, b"".join(names), b"".join(targets), chunks,
+            version, chunk_size, flags, nodes, heap, b"".join(targets), chunks,
             list(self._xattrs), blobs,
         )  # fmt: skip
 
