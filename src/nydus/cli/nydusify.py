@@ -15,6 +15,7 @@ from nydus.errors import ConfigError
     context_settings={"help_option_names": ["-h", "--help"]},
     commands_in={
         "check": ("nydus.cli.nydusify_check:check", "Check a Nydus image, and compare it with its source."),
+        "chunkdict": ("nydus.cli.nydusify_chunkdict:chunkdict", "Make chunk dictionaries."),
         "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
         "copy": ("nydus.cli.nydusify_copy:copy", "Copy an image as it is."),
         "info": (

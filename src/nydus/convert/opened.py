@@ -118,13 +118,22 @@ def open_nydus(place: SourcePlace, platform: Platform) -> Opened:
         FormatError: a document or the bootstrap is damaged.
         BackendError: it cannot be read.
     """
+    return open_each(place, [platform])[0]
+
+
+def open_each(place: SourcePlace, platforms: Sequence[Platform] | None) -> list[Opened]:
+    """The same for several platforms, or with None for all that there are."""
+    source = place.open()
+    _, images = select(source, place.target, str(place), platforms, nydus=True)
+    found = [image for image in images if image.is_nydus]
+    if not found:
+        raise ConfigError(f"{place}: is not a Nydus image; convert it first")
+    return [_open(place, source, image) for image in found]
+
+
+def _open(place: SourcePlace, source: Source, found: Image) -> Opened:
     from nydus import rafs
 
-    source = place.open()
-    _, images = select(source, place.target, str(place), [platform], nydus=True)
-    found = next((image for image in images if image.is_nydus), None)
-    if found is None:
-        raise ConfigError(f"{place}: is not a Nydus image; convert it first")
     layer = found.manifest.layers[-1]
     stream = source.blob(layer.digest, layer.size)
     try:

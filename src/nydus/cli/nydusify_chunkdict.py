@@ -1,0 +1,88 @@
+"""``nydusify chunkdict generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, GoGroup, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError, NydusError
+
+
+@click.group(cls=GoGroup, commands_in={}, short_help="Make chunk dictionaries.")
+def chunkdict() -> None:
+    """Make chunk dictionaries."""
+
+
+@chunkdict.command(cls=GoCommand, short_help="Make a dictionary of the chunks that images share.")
+@option(
+    "--sources",
+    env="SOURCES",
+    multiple=True,
+    required=True,
+    help="References of Nydus images, separated by commas or given repeatedly.",
+)
+@option("--target", env="TARGET", help="Push the dictionary as an image; without it, only write files.")
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option("--backend-type", hidden=True)
+@option("--backend-config", hidden=True)
+@option("--backend-config-file", hidden=True)
+@option(
+    "--work-dir", env="WORK_DIR", default="./output", help="For documents and dictionary; kept. [./output]"
+)
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@option("--all-platforms", is_flag=True, help="Take the images of all platforms.")
+@option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
+@click.pass_context
+def generate(ctx: click.Context, /, **values: Any) -> None:
+    """Make a dictionary of the chunks that at least two images have.
+
+    Conversions that are given it (convert --chunk-dict bootstrap:registry:TARGET) refer to these chunks, and
+    do not store them again. The images must have been built with the same version and chunk size.
+    """
+    from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.cli.progress import progress_for
+    from nydus.convert.chunkdict import generate as run
+    from nydus.oci.place import registry_place
+    from nydus.oci.reference import parse
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    if values["backend_type"]:
+        raise ConfigError("--backend-type is not supported: the dictionary refers to blobs in registries")
+    plain = values["plain_http"]
+    names = [name.strip() for text in values["sources"] for name in text.split(",") if name.strip()]
+    sources = [
+        source_place(name, None, plain_http=plain, insecure=values["source_insecure"], option="sources")
+        for name in names
+    ]
+    target = None
+    if values["target"]:
+        target = registry_place(parse(values["target"]), plain_http=plain, insecure=values["target_insecure"])
+    work_dir = Path(values["work_dir"])
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NydusError(f"--work-dir {work_dir}: {error.strerror}") from error
+    with progress_for(log) as progress:
+        made = run(
+            sources, target, platforms(values["platform"], values["all_platforms"]), work_dir, progress
+        )
+    for share in made.images:
+        percent = 100 * share.shared_size / share.size if share.size else 0
+        log.info(
+            f"{human(share.shared_size)} of {human(share.size)} ({percent:.0f} %) are in the dictionary",
+            image=share.image,
+        )
+    if not made.chunks:
+        log.warning("no two of the images share a chunk: the dictionary is empty")
+    log.info(
+        f"{made.chunks} chunks, {human(made.size)} in {len(made.blobs)} blobs are shared; the images store "
+        f"{human(made.stored)}, of which {human(made.stored - made.needed)} are repetitions",
+        **({"target": target, "digest": made.descriptor.digest} if made.descriptor else {}),
+    )

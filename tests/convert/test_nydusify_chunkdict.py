@@ -1,0 +1,156 @@
+"""``nydusify chunkdict generate``: an image of the chunks that several images share."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import pytest
+from faulty import FaultyRegistry
+from nydusify_command import Nydusify
+
+from nydus.convert.check import check
+from nydus.convert.copy import copy
+from nydus.convert.opened import Opened, open_nydus
+from nydus.convert.select import host_platform
+from nydus.oci import model
+from nydus.oci.place import ArchivePlace, RegistryPlace
+from nydus.oci.reference import parse
+
+FILES = {name: random.Random(name).randbytes(300_000) for name in "abcdef"}
+
+
+def place(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+def push(server: FaultyRegistry, name: str, *layers: str) -> str:
+    """Pushes an ordinary image whose layers have the files that their texts name."""
+    reference = f"{server.host}/{name}:v1"
+    repository = place(reference).repository()
+    described, diff_ids = [], []
+    for layer in layers:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for file in layer:
+                entry = tarfile.TarInfo(file)
+                entry.size = len(FILES[file])
+                archive.addfile(entry, io.BytesIO(FILES[file]))
+        diff_ids.append(model.digest(buffer.getvalue()))
+        described.append(
+            repository.put_blob(gzip.compress(buffer.getvalue(), 1, mtime=0), model.OCI_LAYER_GZIP)
+        )
+    platform = host_platform()
+    config = {
+        "architecture": platform.architecture,
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        "history": [{"created_by": f"layer {layer}"} for layer in layers],
+    }
+    manifest = model.Manifest(
+        schema_version=2,
+        media_type=model.OCI_MANIFEST,
+        config=repository.put_blob(model.encode(config), model.OCI_CONFIG),
+        layers=tuple(described),
+    )
+    repository.put_manifest("v1", model.encode(manifest), model.OCI_MANIFEST)
+    return reference
+
+
+def convert(nydusify: Nydusify, source: str, target: str, *options: str) -> Opened:
+    done = nydusify(
+        *("convert", "--source", source, "--target", target, "--plain-http", "--no-reuse", *options)
+    )
+    assert done.returncode == 0, done.stderr
+    return open_nydus(place(target), host_platform())
+
+
+@pytest.mark.parametrize("version", ["6", "5"])
+def test_later_conversions_refer_to_it(
+    server: FaultyRegistry, nydusify: Nydusify, tmp_path: Path, version: str
+) -> None:
+    one, two = push(server, "one", "abc"), push(server, "two", "d", "cb")
+    images = []
+    for source in (one, two):
+        images.append(source.replace(":v1", ":nydus"))
+        convert(nydusify, source, images[-1], "--fs-version", version)
+    target = f"{server.host}/dictionaries/base:v1"
+    done = nydusify(
+        *("chunkdict", "generate", "--sources", ",".join(images), "--target", target, "--plain-http")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 chunks" in done.stderr and "(67 %)" in done.stderr
+
+    made = open_nydus(place(target), host_platform())
+    manifest, config = made.found.manifest, made.found.config
+    last = manifest.layers[-1]
+    assert last.annotations[model.NYDUS_FS_VERSION] == version
+    assert last.media_type == model.OCI_LAYER_GZIP
+    assert model.NYDUS_SOURCE_DIGEST not in (manifest.annotations or {})
+    assert [layer.digest for layer in manifest.layers[:-1]] == [f"sha256:{b.id}" for b in made.tree.blobs]
+    assert len(config.history or ()) == len(config.rootfs.diff_ids) == len(manifest.layers) == 2
+    assert len(made.tree.chunks) == 2
+    (tmp_path / "check").mkdir()
+    check(place(target), None, host_platform(), tmp_path / "check")
+
+    output = tmp_path / "cwd" / "output"
+    report = json.loads((output / "nydus_bootstrap_output.json").read_text())
+    assert report["chunks"] == 2 and report["stored"] - report["needed"] >= 600_000
+    assert [share["shared_chunks"] for share in report["images"]] == [2, 2]
+    folder = output / images[0].replace("/", ":")
+    assert {path.name for path in folder.iterdir()} >= {"nydus_manifest.json", "nydus_config.json"}
+    assert (folder / "nydus_bootstrap" / "image.boot").exists()
+    database = sqlite3.connect(output / "database.db")
+    assert database.execute("SELECT count(*) FROM chunks WHERE version = 'nydus'").fetchone() == (6,)
+    database.close()
+
+
+def test_identical_images_share_everything(server: FaultyRegistry, nydusify: Nydusify) -> None:
+    source = push(server, "one", "ab")
+    images = [f"{server.host}/{name}:nydus" for name in ("one", "copy")]
+    for image in images:
+        convert(nydusify, source, image)
+    target = f"{server.host}/one:dict"
+    done = nydusify(
+        *("chunkdict", "generate", "--sources", images[0], "--sources", images[1]),
+        *("--target", target, "--plain-http", "--platform", str(host_platform())),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(open_nydus(place(target), host_platform()).tree.chunks) == 2
+
+
+def test_nothing_in_common(server: FaultyRegistry, nydusify: Nydusify, tmp_path: Path) -> None:
+    images = []
+    for name in ("ab", "cd"):
+        images.append(f"{server.host}/{name}:nydus")
+        convert(nydusify, push(server, name, name), images[-1])
+    done = nydusify("chunkdict", "generate", "--sources", ",".join(images), "--plain-http")
+    assert done.returncode == 0 and "the dictionary is empty" in done.stderr, done.stderr
+    assert (tmp_path / "cwd/output/chunkdict_bootstrap").exists()
+    assert not [path for path in server.paths("PUT") if "dictionar" in path]
+
+
+@pytest.mark.vectors
+def test_what_cannot_be_used(
+    server: FaultyRegistry, nydusify: Nydusify, vectors: Path, tmp_path: Path
+) -> None:
+    def refused(*images: str, platform: str = "linux/amd64") -> str:
+        command = ("chunkdict", "generate", "--sources", ",".join(images), "--plain-http")
+        done = nydusify(*command, "--platform", platform, "--target", f"{server.host}/new:dict")
+        assert done.returncode == 1 and done.stderr.count("level=fatal") == 1, done.stderr
+        return done.stderr
+
+    for name in ("v6-zstd", "v5-zstd", "source", "oci-ref"):
+        copy(ArchivePlace(vectors / f"oci/{name}.tar"), place(f"{server.host}/app:{name}"))
+    app = f"{server.host}/app"
+    assert "at least two" in refused(f"{app}:v6-zstd")
+    assert "version of" in refused(f"{app}:v6-zstd", f"{app}:v5-zstd")
+    assert "is not a Nydus image" in refused(f"{app}:v6-zstd", f"{app}:source")
+    assert "oci-ref" in refused(f"{app}:v6-zstd", f"{app}:oci-ref")
+    assert "nothing" in refused(f"{app}:v6-zstd", f"{app}:nothing")
+    assert not any("/new/manifests" in path for path in server.paths("PUT"))
