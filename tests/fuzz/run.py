@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import logging
 import os
 import random
 import resource
@@ -101,7 +102,7 @@ def fuzz(name: str, count: int, seconds: float, seed: int, finds: Path) -> tuple
         finds.mkdir(parents=True, exist_ok=True)
         path = finds / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}"
         path.write_bytes(data)
-        print(f"FIND {name} seed {seed} number {executed - 1}: {path}\n{problem}", flush=True)
+        print(f"FIND {name} seed {seed} number {executed - 1}: {path}\n{problem[-3000:]}", flush=True)
     return executed, len(known)
 
 
@@ -130,7 +131,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1 << 62, help="executions of each target")
     parser.add_argument("--seconds", type=float, default=60.0, help="time for each target")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other mutations")
-    parser.add_argument("--finds", type=Path, default=Path("output/fuzz-finds"), help="where to keep bad inputs")
+    parser.add_argument(
+        "--finds", type=Path, default=Path("output/fuzz-finds"), help="where to keep bad inputs"
+    )
     parser.add_argument("--replay", type=Path, help="run one input through the targets instead")
     parser.add_argument("--atheris", action="store_true", help="let libFuzzer steer (one target)")
     options = parser.parse_args()
@@ -141,6 +144,7 @@ def main() -> int:
     if options.atheris:
         with_atheris(names[0], [f"-max_total_time={int(options.seconds)}"])
         return 0
+    logging.disable()
     signal.signal(signal.SIGALRM, _alarm)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.RLIM_INFINITY))
     if options.replay:

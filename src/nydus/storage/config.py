@@ -94,5 +94,5 @@ def convert(kind: str, config: dict[str, Any], form: type[T]) -> T:
     given = {key: value for key, value in config.items() if key in known and value is not None}
     try:
         return msgspec.convert(given, form)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise ConfigError(f"{kind} backend: {error}") from None
