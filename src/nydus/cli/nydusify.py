@@ -14,6 +14,7 @@ from nydus.errors import ConfigError
     cls=GoGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     commands_in={
+        "build": ("nydus.cli.nydusify_build:build", "Build an image from a directory."),
         "check": ("nydus.cli.nydusify_check:check", "Check a Nydus image, and compare it with its source."),
         "chunkdict": ("nydus.cli.nydusify_chunkdict:chunkdict", "Make chunk dictionaries."),
         "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
@@ -27,6 +28,7 @@ from nydus.errors import ConfigError
             "nydus.cli.nydusify_optimize:optimize",
             "Put what a container reads first into a blob of its own.",
         ),
+        "pack": ("nydus.cli.nydusify_build:build", "The same as build."),
         "view": ("nydus.cli.nydusify_mount:mount", "The same as mount."),
     },
 )

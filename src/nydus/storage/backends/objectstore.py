@@ -91,13 +91,17 @@ class ObjectStore(MeteredBackend):
         status = names.get(type(error).__name__)
         return BackendError(f"{self}: {what}: {head}", permanent="(temporary)" not in head, status=status)
 
-    def path(self, blob_id: str) -> str:
+    def path(self, name: str) -> str:
+        """The key of the object with this name."""
+        return self._config.object_prefix + name
+
+    def _blob(self, blob_id: str) -> str:
         if not _BLOB_ID.fullmatch(blob_id):
             raise BackendError(f"blob {blob_id[:80]!r} is not named by its sha256", permanent=True)
-        return self._config.object_prefix + blob_id
+        return self.path(blob_id)
 
     def _read(self, blob_id: str, offset: int, size: int) -> bytes:
-        path, operator = self.path(blob_id), self.operator
+        path, operator = self._blob(blob_id), self.operator
         data: bytes = self.ask(
             f"{path}: {size} bytes at offset {offset:#x}",
             lambda: operator.read(path, offset=offset, size=size),
@@ -105,7 +109,7 @@ class ObjectStore(MeteredBackend):
         return data
 
     def size(self, blob_id: str) -> int:
-        path, operator = self.path(blob_id), self.operator
+        path, operator = self._blob(blob_id), self.operator
         return self.ask(path, lambda: int(operator.stat(path).content_length))
 
     def upload(self, *, replace: bool = True) -> ObjectUpload:
@@ -166,9 +170,12 @@ class ObjectUpload:
 
     def commit(self, digest: str) -> None:
         """Ends the blob and gives it its name, the hexadecimal part of ``digest``."""
-        blob_id = digest.partition(":")[2]
-        path, operator = self._store.path(blob_id), self._store.operator
-        if not self._replace and self._there(blob_id):
+        self.commit_as(digest.partition(":")[2])
+
+    def commit_as(self, name: str) -> None:
+        """Ends the object and gives it a name, before which the prefix is put."""
+        path, operator = self._store.path(name), self._store.operator
+        if not self._replace and self._length(path) == self._size:
             self.cancel()
         elif self._file is None:
             body = b"".join(self._held)
@@ -178,15 +185,16 @@ class ObjectUpload:
             self._store.ask(self._aside, self._file.close)
             self._store.ask(path, lambda: self._rename(path))
         self._finished, self.sent = True, self._size
-        if (found := self._store.size(blob_id)) != self._size:
+        if (found := self._length(path)) != self._size:
             raise BackendError(f"{self._store}: {path} has {found} bytes, {self._size} were written")
 
-    def _there(self, blob_id: str) -> bool:
+    def _length(self, path: str) -> int:
+        """Bytes of an object; -1 if there is none."""
         try:
-            return self._store.size(blob_id) == self._size
+            return self._store.ask(path, lambda: int(self._store.operator.stat(path).content_length))
         except BackendError as error:
             if error.status == 404:
-                return False
+                return -1
             raise
 
     def _rename(self, path: str) -> None:
