@@ -507,3 +507,34 @@ def test_back_to_an_ordinary_image(
     assert not any("annotations" in layer for layer in after["layers"])
     with pytest.raises(ConfigError, match="is not a Nydus image"):
         reverse(place(source), target)
+
+
+def test_a_storage_backend(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    from nydus.convert.backend import FolderPlace, backend_place
+    from nydus.convert.check import CheckError, check
+
+    target, folder = place(f"{server.host}/small:b"), tmp_path / "blobs"
+    image(place(source), target, backend=FolderPlace(folder))
+    found = load(target.open(), "b")
+    (layer,) = found["layers"]
+    assert layer["annotations"] == {model.NYDUS_BOOTSTRAP: "true", model.NYDUS_FS_VERSION: "6"}
+    config = found["config"]["content"]
+    assert len(config["rootfs"]["diff_ids"]) == 1
+    assert config["history"] == [{"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(b.id for b in tree_of(target.open(), "b").blobs)
+    amd64 = model.Platform(os="linux", architecture="amd64")
+    report = check(target, place(source), amd64, tmp_path, target_blobs=folder)
+    assert report.kind == "storage-backend" and report.checks["filesystem"] == 17
+    with pytest.raises(CheckError, match="say which with --target-backend-type"):
+        check(target, None, amd64, tmp_path)
+    blob = next(folder.iterdir())
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckError, match="corrupted blob"):
+        check(target, None, amd64, tmp_path, target_blobs=folder)
+    for kind, config, words in (
+        ("localfs", {"folder": "x"}, "dir|folder"),
+        ("s3", {}, "not supported"),
+        ("x", {}, "x"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            backend_place(kind, config)

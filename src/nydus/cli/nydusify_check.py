@@ -21,9 +21,6 @@ _NOT_YET = (
     "source_backend_type",
     "source_backend_config",
     "source_backend_config_file",
-    "target_backend_type",
-    "target_backend_config",
-    "target_backend_config_file",
 )
 
 
@@ -42,9 +39,9 @@ _NOT_YET = (
 @option("--source-backend-type", env="", hidden=True)
 @option("--source-backend-config", env="", hidden=True)
 @option("--source-backend-config-file", env="", hidden=True)
-@option("--target-backend-type", env="", hidden=True)
-@option("--target-backend-config", env="", hidden=True)
-@option("--target-backend-config-file", env="", hidden=True)
+@option("--target-backend-type", env="BACKEND_TYPE", help="Where the target's blobs are: localfs.")
+@option("--target-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--target-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option(
     "--multi-platform", env="MULTI_PLATFORM", is_flag=True, help="Not needed: both halves are always checked."
 )
@@ -65,8 +62,9 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     All documents, blobs and chunks are read and verified. With a source, the two file systems are compared in
     everything; the image is mounted for that, which needs root.
     """
-    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.cli.progress import progress_for
+    from nydus.convert.backend import backend_place
     from nydus.convert.check import check as run
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
@@ -91,6 +89,10 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             insecure=values["source_insecure"],
             option="source",
         )
+    found = backend_config(
+        values["target_backend_type"], values["target_backend_config"], values["target_backend_config_file"]
+    )
+    blobs = backend_place(*found).path if found else None
     work_dir = Path(values["work_dir"])
     output = Path(values["output_json"]) if values["output_json"] else None
     document: dict[str, Any] = {"target": str(target), "verified": False}
@@ -106,7 +108,8 @@ def check(ctx: click.Context, /, **values: Any) -> None:
 
             mounted = through_mount
         with progress_for(log) as progress:
-            report = run(target, source, one_platform(values["platform"]), work_dir, progress, mounted)
+            platform = one_platform(values["platform"])
+            report = run(target, source, platform, work_dir, progress, mounted, blobs)
         document = {**dataclasses.asdict(report), "verified": True}
         for warning in report.warnings:
             log.warning(warning)
@@ -145,7 +148,7 @@ def _mounted(side: Side, folder: Path, work_dir: Path, nydusd: str) -> Listing:
     from nydus.convert.mounting import backend_of, mounted
     from nydus.oci.place import ArchivePlace
 
-    if isinstance(side.place, ArchivePlace):
+    if isinstance(side.place, ArchivePlace) or side.blobs is not None:
         backend: dict[str, Any] = {"type": "localfs", "config": {"dir": str((folder / side.name).absolute())}}
     else:
         backend = backend_of(side.place)

@@ -18,10 +18,6 @@ from nydus.errors import ConfigError, NydusError
 _NOT_YET = (
     "source_backend_type",
     "source_backend_config",
-    "backend_type",
-    "backend_config",
-    "backend_config_file",
-    "backend_force_push",
     "chunk_dict",
     "chunk_dict_insecure",
 )
@@ -124,7 +120,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.oci.reference import parse
 
     for name in _NOT_YET:
-        if values[name] and (name not in ("backend_config", "backend_type") or given(ctx, name)):
+        if values[name]:
             raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
     reference = parse(values["source"])
     target = _target(values, reference)
@@ -166,7 +162,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             if values["reverse"]:
                 result = reverse(source, place, options, progress, platforms)
             else:
-                result = image(source, place, options, progress, platforms, _build_cache(values, target))
+                cache, backend = _build_cache(values, target), _backend(values)
+                result = image(source, place, options, progress, platforms, cache, backend)
         else:
             from nydus.oci.archive import write_archive
             from nydus.oci.layout import Layout
@@ -176,8 +173,12 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                 raise ConfigError(f"--target-archive {archive}: its folder does not exist")
             with work_dir(Path(values["work_dir"])) as base:
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    run = reverse if values["reverse"] else image
-                    result = run(source, LayoutPlace(Path(folder)), options, progress, platforms)
+                    layout = LayoutPlace(Path(folder))
+                    if values["reverse"]:
+                        result = reverse(source, layout, options, progress, platforms)
+                    else:
+                        backend = _backend(values)
+                        result = image(source, layout, options, progress, platforms, backend=backend)
                     write_archive(Layout(folder), archive, target)
     seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
     where = values["target_archive"] or str(target)
@@ -197,6 +198,15 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             "TargetPushElapsed": int(result.push_seconds * 1e9),
         }
         _write(output, json.dumps(figures, separators=(",", ":")))
+
+
+def _backend(values: dict[str, Any]) -> Any:
+    """The storage backend that the options name, or None."""
+    from nydus.cli.nydusify_places import backend_config
+    from nydus.convert.backend import backend_place
+
+    found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
+    return backend_place(*found, force=values["backend_force_push"]) if found else None
 
 
 def _build_cache(values: dict[str, Any], target: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -39,7 +38,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
 
     On SIGINT or SIGTERM the image is unmounted, the daemon ended, and all that was made is removed.
     """
-    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
     from nydus.convert.mounting import backend_of, mounted
     from nydus.convert.select import select
@@ -55,7 +54,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     )
     if os.geteuid() != 0:
         raise ConfigError("mounting needs root")
-    backend = _backend(values) or backend_of(place)
+    found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
+    backend = {"type": found[0], "config": found[1]} if found else backend_of(place)
     reader = place.open()
     _, images = select(reader, place.target, str(place), [one_platform(values["platform"])], nydus=True)
     image = next((found for found in images if found.is_nydus), None)
@@ -102,18 +102,3 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
         for path in made:
             if path.is_dir() and not os.path.ismount(path) and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _backend(values: dict[str, Any]) -> dict[str, Any] | None:
-    kind, text, file = values["backend_type"], values["backend_config"], values["backend_config_file"]
-    if not kind:
-        return None
-    if bool(text) == bool(file):
-        raise ConfigError("--backend-type needs exactly one of --backend-config and --backend-config-file")
-    try:
-        config = json.loads(text or Path(file).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"--backend-config-file {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--backend-config: not valid JSON: {error}") from error
-    return {"type": kind, "config": config}

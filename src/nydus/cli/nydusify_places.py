@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nydus.errors import ConfigError
 
@@ -34,6 +35,27 @@ def source_place(
     if not reference:
         raise ConfigError(f"--{option} or --{option}-archive is needed")
     return registry_place(parse(reference), plain_http=plain_http, insecure=insecure)
+
+
+def backend_config(kind: str | None, text: str | None, file: str | None) -> tuple[str, dict[str, Any]] | None:
+    """Type and configuration of a storage backend, as the three options of that say; None for none.
+
+    Raises:
+        ConfigError: not exactly one configuration, or it is no JSON object.
+    """
+    if not kind:
+        return None
+    if bool(text) == bool(file):
+        raise ConfigError("--backend-type needs exactly one of --backend-config and --backend-config-file")
+    try:
+        config = json.loads(text or Path(file or "").read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--backend-config-file {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--backend-config: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError("--backend-config: not a JSON object")
+    return kind, config
 
 
 def one_platform(text: str | None) -> Platform:

@@ -17,6 +17,7 @@ from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import Image, select
 from nydus.errors import FormatError, NydusError
 from nydus.oci import model
+from nydus.oci.layout import Directory, LayoutReader
 from nydus.oci.model import Platform
 from nydus.oci.place import Source, SourcePlace
 
@@ -47,6 +48,7 @@ class Side:
         nydus, oci: what it has of the wanted platform; a merged index has both.
         files: of the bootstrap layer.
         tree: of the bootstrap.
+        blobs: folder with the blobs (by sha256, hex) of an image whose blobs are in a storage backend.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Side:
     oci: Image | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     tree: Tree | None = None
+    blobs: Path | None = None
 
     def image(self) -> Image:
         found = self.nydus or self.oci
@@ -91,6 +94,7 @@ def check(
     work_dir: Path,
     progress: Progress | None = None,
     mounted: Mounted | None = None,
+    target_blobs: Path | None = None,
 ) -> Report:
     """Checks a Nydus image, and that it is the same as another image.
 
@@ -99,6 +103,7 @@ def check(
     Args:
         source: the image it was made of, or another Nydus image of it; None to check the target alone.
         work_dir: gets the documents and the bootstrap, in ``source`` and ``target``. Kept.
+        target_blobs: folder of the storage backend with the target's blobs.
         mounted: reads the target's files through a mount; None reads them through our own reader.
 
     Raises:
@@ -112,6 +117,7 @@ def check(
     if source is not None:
         sides.insert(0, _parse("source", source, platform))
     mine = sides[-1]
+    mine.blobs = target_blobs
     if mine.nydus is None:
         raise CheckError(
             "manifest", "target", f"{target} is not a Nydus image: its last layer is no bootstrap"
@@ -299,7 +305,13 @@ def _check_bootstrap(side: Side, report: Report) -> None:
     if references:
         report.kind = "oci-ref"
     if tree.blobs and not layers[:-1]:
-        raise wrong("its blobs are in a storage backend, which is not supported yet")
+        report.kind = "storage-backend"
+        if side.blobs is None:
+            raise wrong("its blobs are in a storage backend; say which with --target-backend-type")
+        for blob in tree.blobs:
+            if not (side.blobs / blob.id).is_file():
+                raise wrong(f"blob {blob.id} is not in {side.blobs}")
+            sizes[blob.id] = (side.blobs / blob.id).stat().st_size
     for blob in tree.blobs:
         if blob.id in references:
             if not side.reader.has_blob(f"sha256:{blob.id}"):
@@ -321,14 +333,18 @@ def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
     """Downloads the blobs, which checks their digests; compares their tables with the bootstrap layer's."""
     assert side.nydus is not None and side.tree is not None
     folder.mkdir(parents=True)
+    source: Source = side.reader
     wanted = {layer.digest: layer.size for layer in side.nydus.manifest.layers[:-1]}
+    if side.blobs is not None and not wanted:
+        wanted = {f"sha256:{blob.id}": -1 for blob in side.tree.blobs}
+        source = LayoutReader(_ByName(side.blobs))
     for layer in side.nydus.manifest.layers[:-1]:
         if reference := layer.annotations.get(model.NYDUS_REF):
             wanted[reference] = -1
     for digest, size in wanted.items():
         path = folder / digest.partition(":")[2]
         try:
-            stream = side.reader.blob(digest, size if size >= 0 else None)
+            stream = source.blob(digest, size if size >= 0 else None)
             try:
                 with open(path, "wb") as file:
                     while piece := stream.read(1 << 20):
@@ -406,6 +422,16 @@ def _kept(name: str, value: bytes) -> bool:
     from nydus.build.layer import known_xattrs
 
     return bool(known_xattrs(((name.encode("utf8", "surrogateescape"), value),)))
+
+
+class _ByName(Directory):
+    """A folder of blobs as a layout has them."""
+
+    def size(self, path: str) -> int:
+        return super().size(Path(path).name)
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        return super().read(Path(path).name, offset, size)
 
 
 @contextmanager

@@ -91,13 +91,16 @@ def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], s
     return contents, model.digest(data)
 
 
-def rewrite_config(raw: bytes, diff_ids: Iterable[str], where: str) -> bytes:
-    """The config of the source image with the layers of the Nydus image; every other key is kept."""
+def rewrite_config(raw: bytes, diff_ids: Iterable[str], where: str, *, keep_history: bool = True) -> bytes:
+    """The config of the source image with the layers of the Nydus image; every other key is kept.
+
+    Without ``keep_history`` the bootstrap is all there is to tell of, as the image has no other layer.
+    """
     model.decode(raw, model.ImageConfig, where)
     config: dict[str, Any] = json.loads(raw)
     config["rootfs"] = {"type": "layers", "diff_ids": list(diff_ids)}
     entry = {"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}
-    config["history"] = [*(config.get("history") or []), entry]
+    config["history"] = [*((keep_history and config.get("history")) or []), entry]
     return model.encode(config)
 
 

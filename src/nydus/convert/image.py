@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from nydus.convert.backend import FolderPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
@@ -60,6 +61,7 @@ def image(
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
     cache: BuildCache | None = None,
+    backend: FolderPlace | None = None,
 ) -> Result:
     """Converts an image.
 
@@ -69,14 +71,17 @@ def image(
     Args:
         platforms: () is that of this machine, None is all; with more than one the target is an index.
         cache: layers converted before, and where to add the new ones.
+        backend: where blobs go instead of the target, which then holds the bootstrap alone.
 
     Raises:
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
+    if cache and (options.oci_ref or backend):
+        raise ConfigError("a build cache cannot be used with oci-ref or a storage backend")
     if options.oci_ref:
-        if cache:
-            raise ConfigError("a build cache cannot be used with oci-ref")
+        if backend:
+            raise ConfigError("oci-ref cannot be used with a storage backend")
         options = replace(options, oci=True)
     if platforms is not None and not platforms:
         platforms = (host_platform(),)
@@ -94,7 +99,7 @@ def image(
         progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
         progress.note(f"converting image {source}")
-        layers, blobs = convert_layers(images, source, target, options, workers, progress, cached)
+        layers, blobs = convert_layers(images, source, backend or target, options, workers, progress, cached)
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
@@ -106,7 +111,14 @@ def image(
                 state = LayerProgress(0, layer.digest, layer.size)
                 copy_blob(reader, writer, state, link_from)
     manifests = [
-        _assemble(found, [blobs[layer.digest] for layer in found.manifest.layers], source, writer, options)
+        _assemble(
+            found,
+            [blobs[layer.digest] for layer in found.manifest.layers],
+            source,
+            writer,
+            options,
+            elsewhere=backend is not None,
+        )
         for found in images
     ]
     if options.merge_platform:
@@ -155,9 +167,19 @@ def _check(found: Image, where: str, options: ConvertOptions) -> None:
 
 
 def _assemble(
-    found: Image, blobs: Sequence[Converted], source: SourcePlace, writer: Sink, options: ConvertOptions
+    found: Image,
+    blobs: Sequence[Converted],
+    source: SourcePlace,
+    writer: Sink,
+    options: ConvertOptions,
+    *,
+    elsewhere: bool,
 ) -> Manifest:
-    """Merges the layers of one image and stores all of it but the manifest."""
+    """Merges the layers of one image and stores all of it but the manifest.
+
+    Args:
+        elsewhere: the blobs are in a storage backend, so the manifest does not list them.
+    """
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
 
@@ -167,7 +189,10 @@ def _assemble(
     packed, diff_id = bootstrap_layer(write_bootstrap(tree), metas)
     bootstrap = writer.put_blob(packed, model.OCI_LAYER_GZIP)
     where = f"{source}: config"
-    raw_config = rewrite_config(found.raw_config, [*(blob.digest for blob in blobs), diff_id], where)
+    if elsewhere:
+        blobs = []
+    diff_ids = [*(blob.digest for blob in blobs), diff_id]
+    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=not elsewhere)
     kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
     config = writer.put_blob(raw_config, kind)
     origin = found.descriptor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nydus.convert.backend import FolderPlace
 from nydus.convert.options import ConvertOptions
 from nydus.oci.model import Descriptor
 from nydus.oci.place import SinkPlace, SourcePlace
@@ -19,12 +20,13 @@ class Job:
 
     Attributes:
         number: of the layer in its image, from 1; for messages.
+        target: where the blob goes.
     """
 
     number: int
     layer: Descriptor
     source: SourcePlace
-    target: SinkPlace
+    target: SinkPlace | FolderPlace
     options: ConvertOptions
 
 

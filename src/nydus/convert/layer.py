@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from nydus.build.layer import BuildOptions, build_layer
 from nydus.build.zran import build_reference
+from nydus.convert.backend import FolderPlace
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
@@ -49,8 +50,8 @@ def build_options(options: ConvertOptions) -> BuildOptions:
     )
 
 
-_opened: dict[SourcePlace | SinkPlace, Source] = {}
-_opened_sinks: dict[SinkPlace, Sink] = {}
+_opened: dict[SourcePlace, Source] = {}
+_opened_sinks: dict[SinkPlace | FolderPlace, Sink] = {}
 
 
 def convert_layer(job: Job, report: Report) -> Converted:

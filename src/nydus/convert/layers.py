@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from nydus.convert.backend import FolderPlace
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress
@@ -17,7 +18,7 @@ from nydus.oci.place import RegistryPlace, SinkPlace, SourcePlace
 _AT_ONCE = 8
 
 
-def repository_of(place: SinkPlace | SourcePlace) -> str:
+def repository_of(place: SinkPlace | SourcePlace | FolderPlace) -> str:
     """``host/name`` of a registry place, "" for others."""
     return place.reference.name if isinstance(place, RegistryPlace) else ""
 
@@ -25,7 +26,7 @@ def repository_of(place: SinkPlace | SourcePlace) -> str:
 def convert_layers(
     images: Sequence[Image],
     source: SourcePlace,
-    target: SinkPlace,
+    target: SinkPlace | FolderPlace,
     options: ConvertOptions,
     workers: Workers,
     progress: Progress,
@@ -46,8 +47,9 @@ def convert_layers(
     states = [LayerProgress(number, layer.digest, layer.size) for number, layer in distinct.values()]
     by_digest = {state.digest: state for state in states}
     progress.layers(states)
-    # An index over a layer is made faster than found again.
-    record = Record(options.record, options) if options.record and not options.oci_ref else None
+    # An index over a layer is made faster than found again, and a storage backend is only written to.
+    lasting = not options.oci_ref and not isinstance(target, FolderPlace)
+    record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
 
     def finish(digest: str, converted: Converted) -> None:
@@ -60,7 +62,8 @@ def convert_layers(
         progress.changed(state)
 
     known = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
-    _take_over({digest: found for digest, found in known.items() if found}, target, finish)
+    if not isinstance(target, FolderPlace):
+        _take_over({digest: found for digest, found in known.items() if found}, target, finish)
 
     jobs = [
         Job(n, layer, source, target, options) for n, layer in distinct.values() if layer.digest not in blobs

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -222,7 +222,7 @@ class Layout(LayoutReader):
 
     def upload(self) -> FileUpload:
         """Begins a blob whose digest is known only at its end."""
-        return FileUpload(self.root)
+        return FileUpload(self.root / "blobs", lambda digest: self.root / blob_path(digest))
 
     def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor:
         """Stores a small blob unless it is there."""
@@ -272,14 +272,19 @@ class Layout(LayoutReader):
 
 
 class FileUpload:
-    """A blob on its way into a layout; the methods are those of :class:`nydus.oci.upload.Upload`."""
+    """A blob on its way into a folder; the methods are those of :class:`nydus.oci.upload.Upload`.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    Args:
+        root: where it is written first.
+        place: digest -> path in the same file system, where it appears whole or not at all.
+    """
+
+    def __init__(self, root: Path, place: Callable[[str], Path]) -> None:
+        self._root, self._place = root, place
         self._hash = hashlib.sha256()
         self.sent = 0
         try:
-            self._file = tempfile.NamedTemporaryFile(dir=root / "blobs", prefix=".", delete=False)  # noqa: SIM115
+            self._file = tempfile.NamedTemporaryFile(dir=root, prefix=".", delete=False)  # noqa: SIM115
         except OSError as error:
             raise _disk(error, root) from error
 
@@ -308,7 +313,7 @@ class FileUpload:
             os.fsync(self._file.fileno())
             aside = Path(self._file.name)
             aside.chmod(0o644)
-            aside.replace(self._root / blob_path(digest))
+            aside.replace(self._place(digest))
             self._file.close()
         except OSError as error:
             self.cancel()
