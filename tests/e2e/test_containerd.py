@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import containerd_node
+import grpc
 import pytest
 from containerd_node import Node
 
 from nydus.daemon.client import DaemonClient
 from nydus.demo.cri import CriError
+from nydus.snapshotter import labels as label
+from nydus.snapshotter.api import snapshots_pb2 as wire
+from nydus.snapshotter.api.snapshots_pb2_grpc import SnapshotsStub
 from nydus.snapshotter.daemons import Daemon
 
 pytestmark = [
@@ -222,18 +226,17 @@ def test_ctr_remote_says_what_is_wrong(node: Node, images: dict[str, str]) -> No
     assert "nobody" in done.stderr
 
 
-def test_a_view_shows_the_image(node: Node, images: dict[str, str], tmp_path: Path) -> None:
+def test_a_view_shows_the_image(node: Node, images: dict[str, str]) -> None:
     node.cri.pull(images["v6-zstd"])
-    listed = node.containerd.ctr("snapshots", "--snapshotter", "nydus", "ls").stdout.split("\n")
-    names = [line.split()[0] for line in listed[1:] if line.strip()]
-    parents = {line.split()[1] for line in listed[1:] if len(line.split()) > 2}
-    (top,) = [name for name in names if name not in parents]
-    node.containerd.ctr("snapshots", "--snapshotter", "nydus", "view", "look", top)
-    mounts = node.containerd.ctr(
-        "snapshots", "--snapshotter", "nydus", "mounts", str(tmp_path), "look"
-    ).stdout
-    assert "/mnt/" in mounts
-    node.containerd.ctr("snapshots", "--snapshotter", "nydus", "rm", "look")
+    with grpc.insecure_channel(f"unix:{node.snapshotter.address}") as channel:
+        stub = SnapshotsStub(channel)
+        infos = [info for message in stub.List(wire.ListSnapshotsRequest()) for info in message.info]
+        (top,) = [info.name for info in infos if label.BOOTSTRAP in info.labels]
+        made = stub.View(wire.ViewSnapshotRequest(key="look", parent=top)).mounts
+        assert stub.Mounts(wire.MountsRequest(key="look")).mounts == made
+        lower = made[0].options[-1].removeprefix("lowerdir=").split(":")[0]
+        assert (Path(lower) / "app" / "hello").read_text() == "hello from a lazy image\n"
+        stub.Remove(wire.RemoveSnapshotRequest(key="look"))
 
 
 def daemon_pid(node: Node, socket: Path) -> int | None:
