@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
-from objectstore_server import Handler, ObjectStoreServer
+from objectstore_server import KEY, SECRET, Handler, ObjectStoreServer
 
 from nydus.errors import BackendError
 from nydus.storage import backends
@@ -142,3 +146,76 @@ def test_an_upload_that_is_refused(server: ObjectStoreServer) -> None:
             with pytest.raises(BackendError, match="PermissionDenied"):
                 put(store, data)
     assert server.objects == {}
+
+
+# A real server: rclone's, which checks every signature.
+
+RCLONE = os.environ.get("RCLONE") or shutil.which("rclone")
+
+
+@pytest.fixture
+def rclone(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The configuration of a bucket ``images`` of an S3 server."""
+    if not RCLONE:
+        pytest.skip("no rclone; install it with: go install github.com/rclone/rclone@v1.76.0")
+    (tmp_path / "root/images").mkdir(parents=True)
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = [
+        RCLONE,
+        "serve",
+        "s3",
+        "--addr",
+        address,
+        "--auth-key",
+        f"{KEY},{SECRET}",
+        str(tmp_path / "root"),
+    ]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
+                break
+            time.sleep(0.05)
+        yield {
+            "endpoint": address,
+            "scheme": "http",
+            "bucket_name": "images",
+            "region": "us-east-1",
+            "access_key_id": KEY,
+            "access_key_secret": SECRET,
+            "object_prefix": "nydus/",
+        }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_s3_server(rclone: dict[str, str], tmp_path: Path) -> None:
+    store = backends.create("s3", rclone)
+    assert isinstance(store, ObjectStore)
+    with closing(store):
+        for data in (SMALL, LARGE):
+            put(store, data)
+            name = digest_of(data).partition(":")[2]
+            assert store.size(name) == len(data)
+            for offset, size in ((0, len(data)), (1, 1), (len(data) - 7, 7), (4096, 90_000)):
+                assert store.read(name, offset, size) == data[offset : offset + size]
+            with pytest.raises(BackendError):
+                store.read(name, len(data) - 5, 10)
+            assert store.read(name, 1, 3) == data[1:4]
+        with pytest.raises(BackendError) as caught:
+            store.read("0" * 64, 0, 1)
+        assert caught.value.permanent and caught.value.status == 404
+        with pytest.raises(KeyError), store.upload() as upload:
+            upload.write(LARGE)
+            raise KeyError
+        kept = sorted(path.name for path in (tmp_path / "root/images/nydus").iterdir())
+        assert kept == sorted(digest_of(data).partition(":")[2] for data in (SMALL, LARGE))
+    with closing(backends.create("s3", {**rclone, "access_key_secret": "wrong"})) as stranger:
+        with pytest.raises(BackendError) as caught:
+            stranger.size(digest_of(SMALL).partition(":")[2])
+        assert caught.value.permanent
