@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import nydus
@@ -14,7 +17,9 @@ from build.test_archive import run
 from nydus.build.bootstrap import load
 from nydus.build.chunkdict import Source, generate
 from nydus.build.layer import write_bootstrap
+from nydus.build.tree import TreeBuilder
 from nydus.errors import NydusError
+from nydus.rafs.model import BlobFeature
 
 SHARED = [os.urandom(0x3000) + b"tail", b"tiny", os.urandom(0x1000)]
 
@@ -65,6 +70,28 @@ def test_later_builds_store_only_what_is_new(tmp_path: Path, options: dict[str, 
 
 def load_bytes(data: bytes) -> object:
     return nydus.open(data).tree
+
+
+def test_dictionary_of_the_reference(tmp_path: Path) -> None:
+    """It has all chunks, of whatever size, in one file, and marks their blobs."""
+    paths = [image(tmp_path, f"{n}:1", SHARED) for n in ("one", "two")]
+    ours = generate([Source.of_path(str(path), load(str(path))) for path in paths])
+    builder = TreeBuilder()
+    number = builder.add(b"/chunkdict", stat.S_IFREG | 0o644, size=0x1000 * len(ours.chunks))
+    builder.set_chunks(number, 0, len(ours.chunks))
+    chunks = ours.chunks[np.argsort(ours.chunks["uoffset"])]
+    blobs = [replace(blob, features=blob.features | BlobFeature.CHUNKDICT_GENERATED) for blob in ours.blobs]
+    theirs = builder.finish(6, 0x1000, ours.flags, chunks, np.arange(len(chunks)), blobs)
+    root = tmp_path / "new"
+    root.mkdir()
+    for number, content in enumerate(SHARED):
+        (root / f"known{number}").write_bytes(content)
+    dictionary = load_bytes(write_bootstrap(theirs))
+    with nydus.create(root, tmp_path / "blobs", chunk_size=0x1000, dictionary=dictionary) as built:
+        again = built.bootstrap()
+    with nydus.open(again, tmp_path / "blobs") as built:
+        assert [blob.id for blob in built.blobs] == [blob.id for blob in ours.blobs]
+        assert [built.read(f"/known{number}") for number in range(3)] == SHARED
 
 
 def test_images_that_do_not_fit(tmp_path: Path) -> None:

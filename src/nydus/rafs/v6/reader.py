@@ -410,6 +410,11 @@ class Reader:
         found = keys[match] == wanted
         for name in ("digest", "flags", "csize", "coffset", "crc"):
             chunks[name][found] = table[name][match[found]]
+        generated = [bool(blob.features & BlobFeature.CHUNKDICT_GENERATED) for blob in self.head.blobs]
+        if any(generated):
+            # The file of a chunk dictionary lists chunks of any size (rafs.md 4.8).
+            odd = found & np.array(generated)[chunks["blob_index"]]
+            chunks["usize"][odd] = table["usize"][match[odd]]
 
     def check_chunks(self, chunks: Array, place: Callable[[int], int]) -> None:
         """Chunks must lie in their blobs; ``place`` says where a chunk was read from."""
