@@ -248,6 +248,21 @@ def test_sparse_files(format: str, tmp_path: Path) -> None:
     assert len(made.stdout) < len(expected)
 
 
+def test_holes_cost_little(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with open(path, "wb") as out:
+        out.truncate(100 << 30)
+    made = subprocess.run(["tar", "-S", "-cf", "-", "sparse"], cwd=tmp_path, capture_output=True, check=True)
+    result, _ = build(made.stdout, BuildOptions(workers=1))
+    assert len(result.tree.chunks) == 100 << 10
+    assert result.blob is not None and result.blob.chunk_count == 1
+    with open(path, "wb") as out:
+        out.truncate(10 << 40)
+    made = subprocess.run(["tar", "-S", "-cf", "-", "sparse"], cwd=tmp_path, capture_output=True, check=True)
+    with pytest.raises(FormatError, match="sparse file is too large"):
+        build(made.stdout, BuildOptions(workers=1))
+
+
 def two_members(data: bytes) -> bytes:
     return isal_gzip(data[:700]) + isal_gzip(data[700:]) + bytes(100)
 

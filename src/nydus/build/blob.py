@@ -144,6 +144,7 @@ class BlobWriter:
         self._pieces: list[Piece | Load] = []
         self._alone: list[bool] = []
         self._size = 0
+        self._last: Piece | Load = b""
         self._digesting: deque[tuple[list[bool], Future[_Digested]]] = deque()
         self._compressing: deque[tuple[list[_Unit], Future[_Stored]]] = deque()
         self._batch = _Unit([], True)
@@ -194,10 +195,13 @@ class BlobWriter:
         return self._count
 
     def _add(self, piece: Piece | Load, count: int, size: int, alone: bool) -> None:
+        # The pieces of a hole are one object: they cost neither memory nor time.
+        if piece is not self._last:
+            self._last = piece
+            self._size += size
         self._pieces.append(piece)
         self._alone += [alone] * count
         self._count += count
-        self._size += size
         if self._size >= BATCH_SIZE or len(self._alone) >= BATCH_COUNT:
             self._digest_batch()
 
@@ -398,6 +402,8 @@ def _digest(kind: Digester, pieces: list[Piece | Load]) -> _Digested:
     for piece in pieces:
         if callable(piece):
             result += [(loaded, codec.digest(kind, loaded)) for loaded in piece()]
+        elif result and piece is result[-1][0]:
+            result.append(result[-1])
         else:
             result.append((piece, codec.digest(kind, piece)))
     return result

@@ -137,7 +137,7 @@ def _add(builder: TreeBuilder, entry: _Entry, options: BuildOptions, where: str)
     if kind is None:
         raise FormatError(f"{entry.name!r} has an unknown type", where=where, found=entry.type)
     name, link = entry.name.encode(errors="surrogateescape"), entry.link_name.encode()
-    if b"\0" in name or b"\0" in link or entry.size < 0:
+    if b"\0" in name or b"\0" in link or not 0 <= entry.size < 1 << 62:
         raise FormatError(f"{entry.name!r} cannot be the name of a file of {entry.size} bytes", where=where)
     if not (0 <= entry.uid < 1 << 32 and 0 <= entry.gid < 1 << 32):
         raise FormatError(
@@ -154,7 +154,7 @@ def _add(builder: TreeBuilder, entry: _Entry, options: BuildOptions, where: str)
     xattrs = known_xattrs(tuple(sorted((key.encode(), value) for key, value in entry.xattrs.items())))
     rdev = NO_DEVICE
     if kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
-        rdev = device(entry.dev_major, entry.dev_minor) & 0xFFFF_FFFF
+        rdev = device(entry.dev_major, entry.dev_minor)
     size = entry.size if kind == stat.S_IFREG else 0
     return builder.add(
         name, mode, uid, gid, mtime, size=size, rdev=rdev,
