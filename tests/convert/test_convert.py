@@ -538,3 +538,22 @@ def test_a_storage_backend(server: FaultyRegistry, source: str, tmp_path: Path) 
     ):
         with pytest.raises(ConfigError, match=words):
             backend_place(kind, config)
+
+
+def test_a_chunk_dictionary(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    """An image built against itself stores no chunk again, and needs the blobs of the dictionary."""
+    from nydus.convert.check import check
+
+    dictionary, target = place(f"{server.host}/dict:n"), place(f"{server.host}/small:n")
+    image(place(source), dictionary)
+    image(place(source), target, dictionary=dictionary)
+    shared = load(dictionary.open(), "n")["layers"][:-1]
+    layers = load(target.open(), "n")["layers"]
+    assert [layer["digest"] for layer in layers[3:-1]] == [layer["digest"] for layer in shared]
+    assert sum(layer["size"] for layer in layers[:3]) < 15_000  # files that an upper layer hides are not shared
+    amd64 = model.Platform(os="linux", architecture="amd64")
+    assert check(target, place(source), amd64, tmp_path).checks["filesystem"] == 17
+    with pytest.raises(ConfigError, match="is not a Nydus image"):
+        image(place(source), target, dictionary=place(source))
+    with pytest.raises(ConfigError, match="dictionary"):
+        image(place(source), target, ConvertOptions(chunk_size=0x80000), dictionary=dictionary)

@@ -18,8 +18,6 @@ from nydus.errors import ConfigError, NydusError
 _NOT_YET = (
     "source_backend_type",
     "source_backend_config",
-    "chunk_dict",
-    "chunk_dict_insecure",
 )
 
 
@@ -163,7 +161,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                 result = reverse(source, place, options, progress, platforms)
             else:
                 cache, backend = _build_cache(values, target), _backend(values)
-                result = image(source, place, options, progress, platforms, cache, backend)
+                chunks = _dictionary(values)
+                result = image(source, place, options, progress, platforms, cache, backend, chunks)
         else:
             from nydus.oci.archive import write_archive
             from nydus.oci.layout import Layout
@@ -178,7 +177,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                         result = reverse(source, layout, options, progress, platforms)
                     else:
                         backend = _backend(values)
-                        result = image(source, layout, options, progress, platforms, backend=backend)
+                        chunks = _dictionary(values)
+                        result = image(source, layout, options, progress, platforms, None, backend, chunks)
                     write_archive(Layout(folder), archive, target)
     seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
     where = values["target_archive"] or str(target)
@@ -207,6 +207,20 @@ def _backend(values: dict[str, Any]) -> Any:
 
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
     return backend_place(*found, force=values["backend_force_push"]) if found else None
+
+
+def _dictionary(values: dict[str, Any]) -> Any:
+    """The image whose chunks ``--chunk-dict`` says to refer to, or None."""
+    from nydus.oci.place import registry_place
+    from nydus.oci.reference import parse
+
+    text = values["chunk_dict"]
+    if not text:
+        return None
+    if not text.startswith("bootstrap:registry:"):
+        raise ConfigError(f"--chunk-dict {text!r} is not bootstrap:registry:<reference>")
+    reference = parse(text.removeprefix("bootstrap:registry:"))
+    return registry_place(reference, plain_http=values["plain_http"], insecure=values["chunk_dict_insecure"])
 
 
 def _build_cache(values: dict[str, Any], target: Any) -> Any:

@@ -16,6 +16,7 @@ from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config
 from nydus.convert.job import Converted
 from nydus.convert.layers import convert_layers, repository_of
 from nydus.convert.merged import put_original
+from nydus.convert.opened import Opened, open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import known_of
@@ -62,6 +63,7 @@ def image(
     platforms: Sequence[Platform] | None = (),
     cache: BuildCache | None = None,
     backend: FolderPlace | None = None,
+    dictionary: SourcePlace | None = None,
 ) -> Result:
     """Converts an image.
 
@@ -71,17 +73,21 @@ def image(
     Args:
         platforms: () is that of this machine, None is all; with more than one the target is an index.
         cache: layers converted before, and where to add the new ones.
+        dictionary: a Nydus image whose chunks are referred to instead of stored again; its blobs that are
+            needed become layers too.
         backend: where blobs go instead of the target, which then holds the bootstrap alone.
 
     Raises:
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
-    if cache and (options.oci_ref or backend):
-        raise ConfigError("a build cache cannot be used with oci-ref or a storage backend")
+    if cache and (options.oci_ref or backend or dictionary):
+        raise ConfigError(
+            "a build cache cannot be used with oci-ref, a storage backend or a chunk dictionary"
+        )
     if options.oci_ref:
-        if backend:
-            raise ConfigError("oci-ref cannot be used with a storage backend")
+        if backend or dictionary:
+            raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
         options = replace(options, oci=True)
     if platforms is not None and not platforms:
         platforms = (host_platform(),)
@@ -95,11 +101,21 @@ def image(
             _check(found, f"{source}", options)
         writer = target.open_sink()
         cached = cache.load(options) if cache else {}
+        chunks = open_nydus(dictionary, images[0].platform) if dictionary else None
         pulled = time.monotonic()
         progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
         progress.note(f"converting image {source}")
-        layers, blobs = convert_layers(images, source, backend or target, options, workers, progress, cached)
+        layers, blobs = convert_layers(
+            images,
+            source,
+            backend or target,
+            options,
+            workers,
+            progress,
+            cached,
+            chunks.tree if chunks else None,
+        )
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
@@ -118,6 +134,8 @@ def image(
             writer,
             options,
             elsewhere=backend is not None,
+            dictionary=chunks,
+            target=target,
         )
         for found in images
     ]
@@ -174,6 +192,8 @@ def _assemble(
     options: ConvertOptions,
     *,
     elsewhere: bool,
+    dictionary: Opened | None,
+    target: SinkPlace,
 ) -> Manifest:
     """Merges the layers of one image and stores all of it but the manifest.
 
@@ -183,15 +203,34 @@ def _assemble(
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
 
-    tree = merge([blob.tree for blob in blobs])
+    tree = merge([blob.tree for blob in blobs], dictionary.tree if dictionary else None)
     tree.prefetch = prefetch_rows(tree, options.prefetch)
     metas = {blob.digest.removeprefix("sha256:"): blob.meta for blob in blobs if blob.meta}
     packed, diff_id = bootstrap_layer(write_bootstrap(tree), metas)
     bootstrap = writer.put_blob(packed, model.OCI_LAYER_GZIP)
     where = f"{source}: config"
+    layers = [
+        Descriptor(
+            media_type=model.NYDUS_BLOB,
+            digest=blob.digest,
+            size=blob.size,
+            annotations={
+                model.NYDUS_BLOB_ANNOTATION: "true",
+                **({model.NYDUS_REF: blob.reference} if blob.reference else {}),
+            },
+        )
+        for blob in blobs
+    ]
+    if dictionary is not None:
+        used = {f"sha256:{blob.id}" for blob in tree.blobs} - {layer.digest for layer in layers}
+        shared = [layer for layer in dictionary.blobs if layer.digest in used]
+        for layer in shared:
+            state = LayerProgress(0, layer.digest, layer.size)
+            copy_blob(dictionary.source, writer, state, linkable_repository(dictionary.place, target))
+        layers += shared
     if elsewhere:
-        blobs = []
-    diff_ids = [*(blob.digest for blob in blobs), diff_id]
+        layers = []
+    diff_ids = [*(layer.digest for layer in layers), diff_id]
     raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=not elsewhere)
     kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
     config = writer.put_blob(raw_config, kind)
@@ -202,18 +241,7 @@ def _assemble(
         found.descriptor.digest,
         str(source),
         config,
-        [
-            Descriptor(
-                media_type=model.NYDUS_BLOB,
-                digest=blob.digest,
-                size=blob.size,
-                annotations={
-                    model.NYDUS_BLOB_ANNOTATION: "true",
-                    **({model.NYDUS_REF: blob.reference} if blob.reference else {}),
-                },
-            )
-            for blob in blobs
-        ],
+        layers,
         bootstrap,
         fs_version=options.fs_version,
         oci=options.oci,

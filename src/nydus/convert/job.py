@@ -21,6 +21,7 @@ class Job:
     Attributes:
         number: of the layer in its image, from 1; for messages.
         target: where the blob goes.
+        dictionary: chunks to refer to instead of storing them again.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Job:
     source: SourcePlace
     target: SinkPlace | FolderPlace
     options: ConvertOptions
+    dictionary: Tree | None = None
 
 
 @dataclass(slots=True)

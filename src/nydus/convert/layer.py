@@ -13,7 +13,7 @@ from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
-from nydus.rafs.model import Compression, Digester
+from nydus.rafs.model import Compression, Digester, Tree
 
 _COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
 _REPORT_SECONDS = 0.1
@@ -22,7 +22,7 @@ _REPORT_SECONDS = 0.1
 Report = Callable[[int, int, int], None]
 
 
-def build_options(options: ConvertOptions) -> BuildOptions:
+def build_options(options: ConvertOptions, dictionary: Tree | None = None) -> BuildOptions:
     """What the builder is told for a layer of an image."""
     from nydus.build.merge import Whiteout
 
@@ -47,6 +47,7 @@ def build_options(options: ConvertOptions) -> BuildOptions:
         aligned=options.aligned_chunk,
         whiteout=Whiteout.NONE,
         prefetch_table=True,
+        dictionary=dictionary,
     )
 
 
@@ -85,7 +86,11 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
             counted = _Counted(stream, upload, report)
             try:
                 result = build(
-                    counted, counted.write, build_options(job.options), job.options.prefetch, where
+                    counted,
+                    counted.write,
+                    build_options(job.options, job.dictionary),
+                    job.options.prefetch,
+                    where,
                 )
                 counted.drain()
             except FormatError:

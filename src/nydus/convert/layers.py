@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from nydus.convert.backend import FolderPlace
 from nydus.convert.job import Converted, Job
@@ -14,6 +15,9 @@ from nydus.convert.select import Image
 from nydus.convert.workers import Workers
 from nydus.oci.model import Descriptor
 from nydus.oci.place import RegistryPlace, SinkPlace, SourcePlace
+
+if TYPE_CHECKING:
+    from nydus.rafs.model import Tree
 
 _AT_ONCE = 8
 
@@ -31,11 +35,13 @@ def convert_layers(
     workers: Workers,
     progress: Progress,
     cached: Mapping[str, Known],
+    dictionary: Tree | None = None,
 ) -> tuple[list[LayerProgress], dict[str, Converted]]:
     """Has every distinct layer in the target.
 
     Args:
         cached: source digest -> layer of a build cache.
+        dictionary: chunks to refer to instead of storing them again.
 
     Returns:
         How each layer went, and the converted layers by digest of their source layer.
@@ -48,7 +54,8 @@ def convert_layers(
     by_digest = {state.digest: state for state in states}
     progress.layers(states)
     # An index over a layer is made faster than found again, and a storage backend is only written to.
-    lasting = not options.oci_ref and not isinstance(target, FolderPlace)
+    # What was built with a dictionary is of use with that one only.
+    lasting = not options.oci_ref and not isinstance(target, FolderPlace) and dictionary is None
     record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
 
@@ -66,7 +73,9 @@ def convert_layers(
         _take_over({digest: found for digest, found in known.items() if found}, target, finish)
 
     jobs = [
-        Job(n, layer, source, target, options) for n, layer in distinct.values() if layer.digest not in blobs
+        Job(n, layer, source, target, options, dictionary)
+        for n, layer in distinct.values()
+        if layer.digest not in blobs
     ]
 
     def advance(position: int, read: int, built: int, sent: int) -> None:

@@ -148,7 +148,7 @@ def of_directory(root: str) -> Listing:
             if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
                 entry.rdev = (os.major(info.st_rdev), os.minor(info.st_rdev))
             if stat.S_ISLNK(info.st_mode):
-                entry.target = os.readlink(real)  # noqa: PTH115
+                entry.target = os.readlink(real)
             listed = os.listxattr(real, follow_symlinks=False)
             entry.xattrs = {name: os.getxattr(real, name, follow_symlinks=False) for name in listed}
             if stat.S_ISREG(info.st_mode):
