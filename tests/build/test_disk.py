@@ -20,7 +20,9 @@ from build.test_archive import run
 from conformance.content import expected
 from nydus.build import verity
 from nydus.build.bootstrap import read_bytes
+from nydus.build.compact import CompactOptions, compact
 from nydus.build.disk import write_disk
+from nydus.build.optimize import PrefetchFile, optimize
 from nydus.build.verity import Verity
 
 IMAGES = [
@@ -65,7 +67,7 @@ def describe(root: Path) -> dict[str, dict[str, Any]]:
             if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
                 row["rdev"] = [os.major(status.st_rdev), os.minor(status.st_rdev)]
             if stat.S_ISLNK(status.st_mode):
-                row["target"] = os.fsdecode(os.readlink(full))  # noqa: PTH115
+                row["target"] = os.fsdecode(os.readlink(full))
             if stat.S_ISREG(status.st_mode):
                 with open(full, "rb") as file:
                     row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -104,6 +106,26 @@ def test_exported_vector_mounts(name: str, vectors: Path, tmp_path: Path) -> Non
     assert found.keys() == rows.keys()
     for path, row in rows.items():
         assert found[path] == row
+
+
+@pytest.mark.root
+@pytest.mark.vectors
+@pytest.mark.parametrize(
+    "name", ["v5-dir-zstd", "v6-dir-batch", "v6-dir-encrypted", "merge-v6", "v6-targz-ref"]
+)
+def test_rewritten_images_mount(name: str, vectors: Path, tmp_path: Path) -> None:
+    """The kernel finds the chunks of compacted and optimized images where they are said to be."""
+    rows = expected(vectors / name / "expected.jsonl")
+    del rows["/"]
+    wanted = [PrefetchFile(path) for path, row in rows.items() if row.get("sha256") and row["size"]][::2]
+    folder = str(tmp_path / "blobs")
+    with open_vector(vectors, name, tmp_path) as image, (tmp_path / "disk").open("wb") as file:
+        optimized = image.with_tree(optimize(image, wanted, folder).tree)
+        tree = compact(optimized, folder, CompactOptions(min_used_ratio=99)) or optimized.tree
+        assert name == "v6-targz-ref" or tree is not optimized.tree
+        write_disk(image.with_tree(tree), file.write)
+    with loop_mounted(tmp_path / "disk", tmp_path / "mnt"):
+        assert describe(tmp_path / "mnt") == rows
 
 
 @pytest.mark.vectors
