@@ -199,6 +199,16 @@ def test_a_daemon_that_fails_is_quoted_at_once(node: Node) -> None:
     assert [path.name for path in (node.root / "snapshots").iterdir() if path.name == "3"] == []
 
 
+def test_a_layer_cannot_lead_us_elsewhere(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"boot")
+    node.pull("one")
+    path = node.store.directory(node.store.get("one/meta").id) / "fs" / "image" / "image.boot"
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(NotFound, match="holds no bootstrap"):
+        node.snapshotter.prepare("c1", "one/meta", {})
+
+
 def test_a_pull_without_image_labels_says_what_to_change(node: Node) -> None:
     node.pull("one", reference="")
     with pytest.raises(FailedPrecondition, match="disable_snapshot_annotations"):
@@ -313,8 +323,12 @@ def test_cached_blobs_stay_while_an_image_needs_them(node: Node, vectors: Path) 
     (blob,) = [path.name for path in (vectors / "v6-dir-zstd" / "blobs").iterdir()]
     cached = node.config.cache_dir / f"{blob}.blob.data"
     cached.touch()
+    other = node.config.cache_dir / ("b" * 64 + ".blob.data")
+    other.touch()
+    node.pull("broken", b"no bootstrap at all")
     node.snapshotter.cleanup()
     assert cached.exists(), "pulled, not mounted"
+    assert not other.exists(), "an image that cannot be mounted keeps nothing and hinders nothing"
     node.snapshotter.remove("one/meta")
     node.settings["cache_manager.gc_period"] = "1h"
     node.restart()

@@ -60,6 +60,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS blobs (snapshot INTEGER, blob TEXT, PRIMARY KEY (snapshot, blob))",
     "CREATE TABLE IF NOT EXISTS retired_blobs (blob TEXT PRIMARY KEY, since INTEGER NOT NULL)",
 )
+_NONE = ""
 _BLOB_FILE = re.compile(r"([0-9a-f]{64})(?:\..*)?")
 
 
@@ -145,13 +146,16 @@ class Images:
         """Note which blobs a committed bootstrap needs, so that the cache keeps them.
 
         Raises:
-            NydusError: the bootstrap is missing or not one.
+            FormatError, NotFound: it is no bootstrap, or missing; it needs none, as it cannot be mounted.
         """
-        blobs = _blobs(self._bootstrap(meta))
+        try:
+            blobs = _blobs(self._bootstrap(meta))
+        except (FormatError, NotFound):
+            self._note_blobs(meta, [])
+            raise
+        self._note_blobs(meta, blobs)
         if blobs and self._template.backend == "registry" and label.image_reference(meta.labels):
             self._access.ask(meta.id, self._backend(meta), blobs[0])
-        with self._cache_lock, self._database.transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", [(meta.id, blob) for blob in blobs])
 
     def recover(self) -> None:
         """Adopt the daemons of an earlier run, start those again whose mounts are dead. Does not wait."""
@@ -190,6 +194,8 @@ class Images:
             if snapshot.id not in known:
                 try:
                     self.register(snapshot)
+                except (FormatError, NotFound) as error:
+                    log.warning("image %s cannot be mounted: %s", snapshot.name, error)
                 except (NydusError, OSError) as error:
                     # Unknown means in use.
                     log.warning(
@@ -234,7 +240,9 @@ class Images:
     def _mount(self, meta: Snapshot) -> Path:
         try:
             instance = self._instance(meta)
-            rows = self._database.query("SELECT blob FROM blobs WHERE snapshot = ? LIMIT 1", meta.id)
+            rows = self._database.query(
+                "SELECT blob FROM blobs WHERE snapshot = ? AND blob != ?", meta.id, _NONE
+            )
             if rows and self._template.backend == "registry":
                 self._access.check(meta.id, self._backend(meta), rows[0][0])
             with self._key_lock(instance.key):
@@ -440,6 +448,12 @@ class Images:
         if settings.threads_number:
             arguments += ["--thread-num", str(settings.threads_number)]
         return arguments
+
+    def _note_blobs(self, meta: Snapshot, blobs: list[str]) -> None:
+        with self._cache_lock, self._database.transaction() as db:
+            # An image without blobs has a row too: they are known.
+            rows = [(meta.id, blob) for blob in blobs or [_NONE]]
+            db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", rows)
 
     def _backend(self, meta: Snapshot) -> dict[str, Any]:
         reference = _reference(meta.labels, self._template.backend)
