@@ -11,6 +11,7 @@ What differs, and why:
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -32,7 +33,6 @@ from nydus.build.tarfs import build_tarfs
 from nydus.build.zran import build_reference
 from nydus.rafs import toc
 from nydus.rafs.model import Compression, Digester, Tree
-
 
 pytestmark = pytest.mark.vectors
 
@@ -255,3 +255,29 @@ def test_inline_bootstrap_is_found(vectors: Path) -> None:
     blob = next((vectors / "v6-inline-meta" / "blobs").iterdir()).read_bytes()
     data = toc.extract_bootstrap(lambda offset, size: blob[offset : offset + size], len(blob))
     assert rafs.detect(data) == 6
+
+
+@pytest.mark.parametrize("folder", ["oci", "oci/run"])
+def test_merge_layers_that_stay_as_they_are(folder: str, vectors: Path, tmp_path: Path) -> None:
+    """As the converter does it: files named by the layers, and lists that describe the tables."""
+    source = Image(vectors / folder / "source.tar")
+    converted = Image(vectors / folder / "oci-ref.tar")
+    layers = []
+    for original, tables in zip(source.manifest["layers"], converted.layers, strict=False):
+        path = tmp_path / original["digest"].removeprefix("sha256:")
+        path.write_bytes(tables)
+        contents = toc.read_toc(lambda offset, size, t=tables: t[offset : offset + size], len(tables))
+        assert contents is not None
+        entries = tables[contents.offset : -toc.HEADER_SIZE]
+        known = LayerBlob(
+            digest=hashlib.sha256(tables).hexdigest(),
+            size=len(tables),
+            toc_digest=hashlib.sha256(entries).hexdigest(),
+        )
+        layers.append(describe_blob(bootstrap.load(str(path)), known, path.name))
+    merged = merge(layers)
+    merged.prefetch = [0]
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(converted.layers[-1]))) as archive:
+        member = archive.extractfile("image/image.boot")
+        assert member is not None
+        assert layer.write_bootstrap(merged) == member.read()
