@@ -12,8 +12,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
+import fsspec
+from fsspec.spec import AbstractFileSystem
 
 from nydus import image
 from nydus.errors import BackendError, NydusError
