@@ -550,7 +550,8 @@ def test_a_chunk_dictionary(server: FaultyRegistry, source: str, tmp_path: Path)
     shared = load(dictionary.open(), "n")["layers"][:-1]
     layers = load(target.open(), "n")["layers"]
     assert [layer["digest"] for layer in layers[3:-1]] == [layer["digest"] for layer in shared]
-    assert sum(layer["size"] for layer in layers[:3]) < 15_000  # files that an upper layer hides are not shared
+    # What an upper layer hides is not in the dictionary.
+    assert sum(layer["size"] for layer in layers[:3]) < 15_000
     amd64 = model.Platform(os="linux", architecture="amd64")
     assert check(target, place(source), amd64, tmp_path).checks["filesystem"] == 17
     with pytest.raises(ConfigError, match="is not a Nydus image"):

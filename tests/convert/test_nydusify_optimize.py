@@ -14,8 +14,7 @@ from nydusify_command import Nydusify
 from nydus import rafs
 from nydus.convert.check import check
 from nydus.convert.copy import copy
-from nydus.convert.opened import Opened, open_nydus
-from nydus.convert.optimize import PREFETCH_BLOB
+from nydus.convert.opened import PREFETCH_BLOB, Opened, open_nydus
 from nydus.convert.trace import read_trace, resolve
 from nydus.errors import ConfigError
 from nydus.oci import model

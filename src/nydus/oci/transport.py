@@ -97,6 +97,7 @@ class Transport:
             options["ssl_context"] = _tls(skip_verify, ca_certs)
         if skip_verify:
             options["assert_hostname"] = False
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # it was asked for
         manager = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)  # type: ignore[arg-type]
         self._pool: urllib3.PoolManager = manager
         self._authorizer = Authorizer(host, credentials, self._send_token_request, allow_http=plain_http)
