@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nydus.daemon.image import Image
 from nydus.daemon.state import FileState
@@ -14,6 +15,8 @@ from nydus.errors import MountError, NydusError
 from nydus.mount.blobfs import BlobFs, Buffer, File
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # KiB. It counts when EROFS opens a file and cannot be changed after. 1 MiB makes 95 reads of 700 and saves a
 # third of the CPU time, but small random reads then ask for half as much again; whoever streams is helped by
@@ -99,6 +102,10 @@ class Devices:
     def path(self, file: File) -> str:
         assert self.blobfs is not None
         return self.blobfs.path(file)
+
+    def waiting_for_it(self, function: Callable[[], T]) -> T:
+        """Runs a function in which the kernel may ask this process: see :class:`BlobFs`."""
+        return function() if self.blobfs is None else self.blobfs.waiting_for_it(function)
 
     def states(self) -> list[FileState]:
         with self._lock:

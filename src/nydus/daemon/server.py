@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -417,14 +418,7 @@ class Daemon:
         # A successor must be able to answer for these files while the kernel opens them.
         self.report()
         with self._in_mount():
-            mount = self._open_erofs(instance, paths)
-        try:
-            instance.mount_id = table.id_of(mount)
-            syscalls.attach(mount, state.path)
-        except OSError as error:
-            raise MountError(f"{state.path}: cannot mount here: {error.strerror}") from error
-        finally:
-            os.close(mount)
+            instance.mount_id = self.devices.waiting_for_it(lambda: self._mount_erofs(instance, paths))
 
     @contextmanager
     def _in_mount(self) -> Iterator[None]:
@@ -438,6 +432,17 @@ class Daemon:
                 self._mounting -= 1
                 self._tell_busy(self._mounting > 0)
 
+    def _mount_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
+        """Returns the id of the mount."""
+        mount = self._open_erofs(instance, devices)
+        try:
+            syscalls.attach(mount, instance.state.path)
+            return table.id_of(mount)
+        except OSError as error:
+            raise MountError(f"{instance.state.path}: cannot mount here: {error.strerror}") from error
+        finally:
+            os.close(mount)
+
     def _open_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
         bootstrap = Path(instance.state.bootstrap)
         try:
@@ -447,12 +452,10 @@ class Daemon:
             if not (isinstance(cause, OSError) and cause.errno == errno.ENOTBLK):
                 raise
         # It lies on tmpfs or the like; the probe has shown that the cache directory does not.
-        copy = instance.image.work_dir / f".bootstrap-{os.getpid()}-{instance.state.number}"
-        try:
-            shutil.copyfile(bootstrap, copy)
-            return erofs.open_detached(copy, devices)
-        finally:
-            copy.unlink(missing_ok=True)  # the mount keeps it alive
+        with tempfile.TemporaryFile(dir=instance.image.work_dir) as copy, bootstrap.open("rb") as file:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.flush()
+            return erofs.open_detached(f"/proc/thread-self/fd/{copy.fileno()}", devices)
 
     def _plain_file(self, image: Image, blob: int) -> Path | None:
         """The blob's own file if every byte of it is there and verified."""

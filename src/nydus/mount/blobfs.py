@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from nydus.errors import MountError
 from nydus.mount import syscalls
@@ -34,6 +34,7 @@ from nydus.mount import syscalls
 log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 MAX_READ = 1 << 20
 BLOCK = 4096
@@ -106,6 +107,8 @@ class Counters:
     latencies: list[int] = field(default_factory=lambda: [0] * 8)
 
 
+_devices: set[int] = set()  # every open /dev/fuse of this process
+
 _SIZE_CLASSES = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20]
 _LATENCY_CLASSES = [200, 1000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000]
 
@@ -129,6 +132,7 @@ class BlobFs:
         on_change: Callable[[File], None] | None = None,
     ) -> None:
         self.device, self.mount = device, mount
+        _devices.add(device)
         self.counters = Counters()
         self._count = threads
         self._on_change = on_change
@@ -200,8 +204,34 @@ class BlobFs:
             return list(self._files.values())
 
     def path(self, file: File) -> str:
-        """The path by which this process opens a file."""
+        """The path by which this process opens a file, inside :meth:`waiting_for_it`."""
         return f"/proc/self/fd/{self.mount}/{file.name}"
+
+    def waiting_for_it(self, function: Callable[[], T]) -> T:
+        """Runs a function that makes the kernel open or read these files, such as an EROFS mount.
+
+        The kernel's wait for an answer cannot be interrupted. If this process is killed in it, the waiting
+        thread must not be what keeps the connection open, or it would wait for ever: the function runs in a
+        thread that does not hold ``/dev/fuse``.
+        """
+        result: list[T] = []
+        problem: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                syscalls.unshare_descriptors()
+                for device in list(_devices):
+                    os.close(device)
+                result.append(function())
+            except BaseException as error:
+                problem.append(error)
+
+        thread = threading.Thread(target=run, name="mounter", daemon=True)
+        thread.start()
+        thread.join()
+        if problem:
+            raise problem[0]
+        return result[0]
 
     def inflight(self) -> list[tuple[int, int, float]]:
         """Running reads: (unique, node, seconds since the epoch when it came)."""
@@ -234,11 +264,22 @@ class BlobFs:
         except OSError as error:  # read-only /sys in a container: the kernel's 128 KiB stay
             log.warning("cannot set the readahead to %d KiB: %s", kib, error)
 
-    def close(self) -> None:
-        """Gives up the descriptors; the connection ends unless another process holds ``/dev/fuse``."""
-        for descriptor in (self.mount, self.device):
-            if descriptor >= 0:
-                os.close(descriptor)
+    def close(self, timeout: float = 5.0) -> None:
+        """Gives up the mount and, when the connection has ended with its last user, the device.
+
+        While a thread may still use the device's number the number must not become another file's: if the
+        connection does not end in ``timeout`` seconds the device stays open.
+        """
+        if self.mount >= 0:
+            os.close(self.mount)
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads) or self._inflight:
+            log.warning("a FUSE connection is still in use")
+            return
+        _devices.discard(self.device)
+        os.close(self.device)
 
     # Serving
 

@@ -102,7 +102,7 @@ def _short(path: Path | str, opened: list[int]) -> str:
     if len(os.fsencode(text)) <= 255:
         return text
     opened.append(os.open(text, os.O_RDONLY | os.O_CLOEXEC))
-    return f"/proc/self/fd/{opened[-1]}"
+    return f"/proc/thread-self/fd/{opened[-1]}"
 
 
 def _explain(error: OSError) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import os
 import struct
 import tempfile
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,25 +72,33 @@ class _Pattern:
 
 
 def _try_blobfs(directory: str) -> None:
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-", suffix=".erofs") as bootstrap:
+    with tempfile.TemporaryFile(dir=directory) as bootstrap:
         bootstrap.write(tiny_image())
         bootstrap.flush()
         blobfs = BlobFs.create(threads=1, source="nydus-probe")
         try:
             blobfs.serve()
             file = blobfs.add(2, BLOCK, "probe", _Pattern())
-            mount = erofs.open_detached(bootstrap.name, [blobfs.path(file)])
-            try:
-                fd = os.open(_NAME, os.O_RDONLY | os.O_CLOEXEC, dir_fd=mount)
-                try:
-                    if os.read(fd, 2 * BLOCK) != _Pattern.data:
-                        raise MountError("a test image reads back wrong")
-                finally:
-                    os.close(fd)
-            finally:
-                os.close(mount)
+            data = blobfs.waiting_for_it(
+                lambda: _read_back(f"/proc/self/fd/{bootstrap.fileno()}", blobfs.path(file))
+            )
+            if data != _Pattern.data:
+                raise MountError("a test image reads back wrong")
         finally:
-            blobfs.close()
+            # The kernel takes its time for unmounting; nobody has to wait for it.
+            threading.Thread(target=blobfs.close, daemon=True).start()
+
+
+def _read_back(bootstrap: str, device: str) -> bytes:
+    mount = erofs.open_detached(bootstrap, [device])
+    try:
+        fd = os.open(_NAME, os.O_RDONLY | os.O_CLOEXEC, dir_fd=mount)
+        try:
+            return os.read(fd, 2 * BLOCK)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(mount)
 
 
 def tiny_image() -> bytes:

@@ -22,6 +22,7 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = -100, 0x1000, 0x4000
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOATIME = 1, 2, 4, 0x10
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+_CLONE_FILES = 0x400
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -112,6 +113,11 @@ def detach(path: str | os.PathLike[str]) -> bool:
             return False
         raise
     return True
+
+
+def unshare_descriptors() -> None:
+    """Gives the calling thread a descriptor table of its own, a copy of the process's."""
+    _check(_libc.unshare(ctypes.c_int(_CLONE_FILES)), "unshare")
 
 
 def device_of(fd: int) -> tuple[int, int]:

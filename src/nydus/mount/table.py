@@ -44,8 +44,8 @@ def at(path: str | os.PathLike[str]) -> Mount | None:
 
 
 def id_of(fd: int) -> int:
-    """The mount id of an open file."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+    """The mount id of an open file of this thread."""
+    with open(f"/proc/thread-self/fdinfo/{fd}", encoding="ascii") as file:
         for line in file:
             key, _, value = line.partition(":")
             if key == "mnt_id":
