@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 import tracemalloc
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -145,6 +146,7 @@ def main() -> int:
         with_atheris(names[0], [f"-max_total_time={int(options.seconds)}"])
         return 0
     logging.disable()
+    warnings.simplefilter("error", RuntimeWarning)  # numbers that numpy could not represent
     signal.signal(signal.SIGALRM, _alarm)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.RLIM_INFINITY))
     if options.replay:

@@ -138,8 +138,9 @@ class _Writer:
             result[name] = nodes[name]
         result["mtime"] = nodes["mtime"].astype(np.uint64)
         size = np.where(self.kinds == stat.S_IFREG >> 12, nodes["size"][nodes["link"]], nodes["size"])
-        size = np.where(directories & (size == 0), directory_sizes(tree), size)
-        size = np.where(self.kinds == stat.S_IFLNK >> 12, targets, size).astype(np.uint64)
+        # All of them unsigned: numpy joins signed and unsigned integers to doubles.
+        size = np.where(directories & (size == 0), directory_sizes(tree).astype(np.uint64), size)
+        size = np.where(self.kinds == stat.S_IFLNK >> 12, targets.astype(np.uint64), size)
         result["size"] = size
         padded = _align(attributes).astype(np.uint64)
         result["blocks"] = (size + padded + np.uint64(511)) // np.uint64(512)
