@@ -305,10 +305,9 @@ class Image:
 
         Far faster for many small files than one :meth:`stream_row` for each.
         """
-        nodes = self.tree.nodes[np.asarray(rows, np.int64)]
+        nodes, chunks = self.tree.nodes[np.asarray(rows, np.int64)], self.tree.chunks
         places = ragged.indexes(nodes["chunk"], nodes["chunk_count"])
-        chunks = self.tree.chunks[places]
-        ends = np.append(0, np.cumsum(chunks["usize"], dtype=np.int64))
+        ends = np.append(0, np.cumsum(chunks["usize"][places], dtype=np.int64))
         last = np.cumsum(nodes["chunk_count"], dtype=np.int64)
         wrong = ends[last] - ends[last - nodes["chunk_count"]] != nodes["size"].astype(np.int64)
         if wrong.any():
@@ -316,7 +315,7 @@ class Image:
                 "the chunks of a file are not its size",
                 where=os.fsdecode(self.tree.path(int(rows[int(np.argmax(wrong))]))),
             )
-        return self.reader.stream(chunks["blob_index"], chunks["index"])
+        return self.reader.stream(chunks["blob_index"][places], chunks["index"][places])
 
     def open(self, path: Name) -> io.BufferedReader:
         """A regular file as a seekable binary file object."""
