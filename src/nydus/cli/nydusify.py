@@ -17,6 +17,7 @@ from nydus.errors import ConfigError
         "build": ("nydus.cli.nydusify_build:build", "Build an image from a directory."),
         "check": ("nydus.cli.nydusify_check:check", "Check a Nydus image, and compare it with its source."),
         "chunkdict": ("nydus.cli.nydusify_chunkdict:chunkdict", "Make chunk dictionaries."),
+        "commit": ("nydus.cli.nydusify_commit:commit", "Make an image of a running container."),
         "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
         "copy": ("nydus.cli.nydusify_copy:copy", "Copy an image as it is."),
         "info": (

@@ -129,20 +129,21 @@ def of_image(image: Image) -> Listing:
 
 
 def of_directory(root: str) -> Listing:
-    """Reads a mounted file system.
+    """Reads a mounted file system, and what is mounted within it.
 
     Raises:
         NydusError: a file cannot be read.
     """
     found: Listing = {}
-    inodes: dict[int, Entry] = {}
-    names: dict[int, list[str]] = {}
+    inodes: dict[tuple[int, int], Entry] = {}
+    names: dict[tuple[int, int], list[str]] = {}
 
     def add(path: str) -> None:
         real = root + path
         info = os.lstat(real)
-        names.setdefault(info.st_ino, []).append(path)
-        entry = inodes.get(info.st_ino)
+        inode = (info.st_dev, info.st_ino)
+        names.setdefault(inode, []).append(path)
+        entry = inodes.get(inode)
         if entry is None:
             entry = Entry(info.st_mode, info.st_uid, info.st_gid, mtime=int(info.st_mtime))
             if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
@@ -155,7 +156,7 @@ def of_directory(root: str) -> Listing:
                 entry.size = info.st_size
                 with open(real, "rb", buffering=0) as file:
                     entry.content = _hash(iter(lambda: file.read(_PIECE), b""))
-            inodes[info.st_ino] = entry
+            inodes[inode] = entry
         found[path] = entry
 
     try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +26,12 @@ from nydus.storage.backend import MeteredBackend
 if TYPE_CHECKING:
     from nydus.rafs.model import Tree
 
+#: Of the bootstrap layer: id of the blob with what is read first; digests of the blobs that commits added.
+PREFETCH_BLOB = "containerd.io/snapshot/nydus-separated-blob-with-prefetch-files"
+COMMITTED_BLOBS = "containerd.io/snapshot/nydus-commit-blobs"
+
 _META = ".blob.meta"
+_PIECE = 1 << 20
 #: Annotations that tools leave on layers by mistake; they mean nothing outside of the store they come from.
 _STRAY = (model.UNCOMPRESSED, "containerd.io/distribution.source.")
 
@@ -181,7 +189,9 @@ def put_variant(
     docker = manifest.media_type == model.DOCKER_MANIFEST
     stored = writer.put_blob(packed, model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP)
     version = {model.NYDUS_FS_VERSION: str(tree.version)}
-    marks = {model.NYDUS_BOOTSTRAP: "true", **version, **annotations}
+    before = manifest.layers[-1].annotations
+    kept_marks = {key: before[key] for key in (PREFETCH_BLOB, COMMITTED_BLOBS) if key in before}
+    marks = {model.NYDUS_BOOTSTRAP: "true", **version, **kept_marks, **annotations}
     raw = _config(base.found.raw_config, [*(blob.digest for blob in blobs), diff_id], history)
     changed = msgspec.structs.replace(
         manifest,
@@ -204,8 +214,21 @@ def _config(raw: bytes, diff_ids: Sequence[str], history: Sequence[str]) -> byte
     return model.encode(config)
 
 
-def blob_layer(digest: str, size: int) -> Descriptor:
-    """The layer that a blob is."""
+def store_blob(path: Path, writer: Sink) -> Descriptor:
+    """Stores a Nydus blob from a file, unless it is there; returns the layer that it is.
+
+    Raises:
+        BackendError: it cannot be stored.
+    """
+    with open(path, "rb") as file:
+        digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        size = file.seek(0, os.SEEK_END)
+        if not writer.has_blob(digest):
+            file.seek(0)
+            with writer.upload() as upload:
+                while piece := file.read(_PIECE):
+                    upload.write(piece)
+                upload.commit(digest)
     return Descriptor(
         media_type=model.NYDUS_BLOB,
         digest=digest,

@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING
 
 from nydus.convert.copy import linkable_repository
 from nydus.convert.documents import BOOTSTRAP
-from nydus.convert.opened import blob_layer, open_nydus, put_variant
+from nydus.convert.opened import PREFETCH_BLOB, open_nydus, put_variant, store_blob
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
 from nydus.errors import ConfigError
 from nydus.oci.model import Descriptor, Platform
-from nydus.oci.place import Sink, SinkPlace, SourcePlace
+from nydus.oci.place import SinkPlace, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.build.optimize import Optimized
     from nydus.rafs.model import BlobInfo, Tree
     from nydus.storage.backend import Backend
 
-#: Of the bootstrap layer: id of the blob with what is read first.
-PREFETCH_BLOB = "containerd.io/snapshot/nydus-separated-blob-with-prefetch-files"
 #: In the bootstrap layer: the trace that the image was optimized with.
 _PREFETCH_FILES = "image/prefetch.files"
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ def optimize(
             raise ConfigError(f"{trace_name}: no file of it has data in {source}")
         progress.note("pushing image", image=target)
         path = Path(folder) / made.blob.id
-        layer = _store(path, made.blob.id, writer)
+        layer = store_blob(path, writer)
         metas = {**base.metas, **_table(made.blob, path)} if base.tree.version == 6 else {}
     _fetch_first(made, base.tree, [file.path for file in files])
     descriptor = put_variant(
@@ -110,16 +107,6 @@ def optimize(
     return OptimizedImage(
         descriptor, len(files), missing, made.blob.id, layer.size, made.blob.chunk_count, sent
     )
-
-
-def _store(path: Path, blob_id: str, writer: Sink) -> Descriptor:
-    digest, size = f"sha256:{blob_id}", path.stat().st_size
-    if not writer.has_blob(digest):
-        with open(path, "rb") as file, writer.upload() as upload:
-            while piece := file.read(_PIECE):
-                upload.write(piece)
-            upload.commit(digest)
-    return blob_layer(digest, size)
 
 
 def _table(blob: BlobInfo, path: Path) -> dict[str, bytes]:

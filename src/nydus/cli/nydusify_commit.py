@@ -1,0 +1,108 @@
+"""``nydusify commit``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.logs import Log, human
+from nydus.errors import ConfigError, NydusError
+
+if TYPE_CHECKING:
+    from nydus.containerd.containers import Container
+    from nydus.oci.reference import Reference
+
+
+@click.command(cls=GoCommand, short_help="Make an image of a running container.")
+@option("--container", env="CONTAINER", required=True, help="Id of the container, or the beginning of it.")
+@option("--target", env="TARGET", required=True, help="Reference to push the new image to.")
+@option(
+    "--containerd-address",
+    env="CONTAINERD_ADDR",
+    default="/run/containerd/containerd.sock",
+    type=click.Path(path_type=Path),
+    help="containerd's socket. [/run/containerd/containerd.sock]",
+)
+@option("--namespace", "-n", env="NAMESPACE", default="default", help="Namespace of the container. [default]")
+@option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
+@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@option("--maximum-times", env="MAXIMUM_TIMES", default=400, help="Most layers that commits may add. [400]")
+@option(
+    "--with-path",
+    "--with-mount-path",
+    env="WITH_PATH",
+    multiple=True,
+    help="Also take this folder or file (something mounted into the container); !PATH leaves PATH out.",
+)
+@option(
+    "--work-dir", env="WORK_DIR", default="./tmp", help="For the new blobs until they are pushed. [./tmp]"
+)
+@option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@click.pass_context
+def commit(ctx: click.Context, /, **values: Any) -> None:
+    """Make an image of a running container: its image, with what it changed on top.
+
+    The container is held still while its changes are read, not while they are pushed. It must be one of this
+    machine and run a Nydus image.
+    """
+    from nydus.cli.nydusify_convert import work_dir
+    from nydus.cli.progress import progress_for
+    from nydus.containerd.containers import Containers
+    from nydus.convert.changes import parse_selection
+    from nydus.convert.commit import commit as run
+    from nydus.oci.place import registry_place
+    from nydus.oci.reference import parse
+
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
+    tell_environment(ctx, log)
+    if values["maximum_times"] < 1:
+        raise ConfigError("--maximum-times must be at least 1")
+    selection = parse_selection(values["with_path"])
+    target = registry_place(
+        parse(values["target"]), plain_http=values["plain_http"], insecure=values["target_insecure"]
+    )
+    with Containers(values["containerd_address"], values["namespace"]) as containers:
+        container = containers.find(values["container"])
+        base = registry_place(
+            _image_of(container), plain_http=values["plain_http"], insecure=values["source_insecure"]
+        )
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)  # a container that is held still must go on
+        with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
+            made = run(
+                containers,
+                container,
+                base,
+                target,
+                selection,
+                folder,
+                maximum=values["maximum_times"],
+                progress=progress,
+            )
+    for what, digest, size, known in made.layers:
+        log.info(f"layer with {what}: {human(size)}, {known} chunks are in the image already", layer=digest)
+    log.info(
+        f"committed container {container.id[:12]}, which was held still for {made.paused:.2f} s",
+        target=target,
+        digest=made.descriptor.digest,
+    )
+
+
+def _image_of(container: Container) -> Reference:
+    """Exactly the image that the container runs, whatever its tag names now in the registry."""
+    from nydus.oci.reference import parse
+
+    try:
+        reference = parse(container.image)
+    except ConfigError as error:
+        raise NydusError(f"the image of container {container.id[:12]} has no reference: {error}") from error
+    return reference.with_digest(container.digest) if container.digest else reference
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
