@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ assert _HEADER.itemsize == BLOCK
 _LIMITS = (("uid", 0o7777777), ("gid", 0o7777777), ("size", 0o77777777777), ("mtime", 0o77777777777))
 
 
-def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
+def write_tar(image: Image, write: Callable[[bytes], object], *, omit: Set[int] = frozenset()) -> int:
     """Write all names of an image but the root, depth first in raw name order.
 
     Names have no leading slash, hard links an absolute target; whiteouts stay as they are stored. Times
@@ -68,6 +68,7 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
 
     Args:
         write: gets the archive in order, about 1 MiB at a time.
+        omit: rows of directories that get no entry of their own.
 
     Returns:
         The number of entries.
@@ -96,6 +97,8 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
         part = slice(start, start + _GROUP)
         headers = _headers(tree, rows[part], list(islice(paths, _GROUP)), first)
         for header, row, has_data in zip(headers, rows[part], is_data[part], strict=True):
+            if row in omit:
+                continue
             put(header)
             if not has_data:
                 continue
@@ -107,7 +110,7 @@ def write_tar(image: Image, write: Callable[[bytes], object]) -> int:
             put(_ZEROS[: -length % BLOCK])
     put(bytes(2 * BLOCK))
     write(b"".join(pending))
-    return len(rows)
+    return len(rows) - len(omit)
 
 
 def _entries(tree: Tree) -> tuple[Array, Array]:

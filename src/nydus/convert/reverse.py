@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
 from nydus.convert.copy import copy_blob, linkable_repository
+from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
 from nydus.convert.image import Result
-from nydus.convert.opened import SourceBackend
+from nydus.convert.opened import PREFETCH_BLOB, SourceBackend
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.select import Image, host_platform, reference_name, select
@@ -24,8 +28,40 @@ from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
 
+if TYPE_CHECKING:
+    from nydus.rafs.model import Tree
+    from nydus.storage.backend import Backend
+
+_PIECE = 1 << 20
+_BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
 #: Of igzip: 0 is fastest, 3 smallest.
 _GZIP_LEVEL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What one image becomes.
+
+    Attributes:
+        tree: its file system.
+        layers: blobs that become layers; None stands for one layer with the whole file system.
+    """
+
+    found: Image
+    tree: Tree
+    layers: list[Descriptor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What all layers need."""
+
+    reader: Source
+    writer: Sink
+    blobs: Backend
+    link_from: str
+    options: ConvertOptions
+    progress: Progress
 
 
 def reverse(
@@ -34,11 +70,16 @@ def reverse(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
+    backend: Backend | None = None,
 ) -> Result:
     """Converts a Nydus image to an OCI image: every blob becomes a gzip layer again.
 
     Layer digests are not those of the first source, the contents are. An ``oci-ref`` image still has its
-    layers; they are used as they are.
+    layers; they are used as they are. Where blobs are not layers (in a storage backend nobody knows their
+    order), the whole file system becomes one layer.
+
+    Args:
+        backend: where blobs are that the image does not list. Stays the caller's to close.
 
     Raises:
         ConfigError: the image is no Nydus image.
@@ -54,32 +95,34 @@ def reverse(
     halves = [found for found in images if found.is_nydus]
     if not halves:
         raise ConfigError(f"{source}: is not a Nydus image")
-    writer, link_from = target.open_sink(), linkable_repository(source, target)
+    plans = [_plan(found, reader, str(source), backend) for found in halves]
+    link_from = linkable_repository(source, target)
+    blobs = backend or SourceBackend(reader)
+    work = _Work(reader, target.open_sink(), blobs, link_from, options, progress)
     pulled = time.monotonic()
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
     progress.note(f"converting image {source}")
-    states = [LayerProgress(n, d.digest, d.size) for found in halves for n, d in _blobs(found)]
-    progress.layers(states)
-    waiting = iter(states)
-    jobs = [(found, layer, next(waiting)) for found in halves for _, layer in _blobs(found)]
+    jobs = [
+        (plan, layer, LayerProgress(number, layer.digest if layer else "", layer.size if layer else 0))
+        for plan in plans
+        for number, layer in enumerate(plan.layers, 1)
+    ]
+    progress.layers([state for *_, state in jobs])
     with ThreadPoolExecutor(options.workers or os.cpu_count() or 1, "reverse") as pool:
-        made = list(
-            pool.map(
-                lambda job: _layer(job[0], job[1], job[2], reader, writer, link_from, options, progress), jobs
-            )
-        )
+        made = list(pool.map(lambda job: _layer(work, *job), jobs))
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
     progress.note(f"pushing image {target}")
     entries, sizes = [], 0
     single = index is None or len(halves) == 1
-    for found in halves:
-        count = len(found.manifest.layers) - 1
-        manifest = _manifest(found, made[:count], writer, str(source))
+    writer = work.writer
+    for plan in plans:
+        count = len(plan.layers)
+        manifest = _manifest(plan.found, made[:count], writer, whole=None in plan.layers)
         del made[:count]
         data = model.encode(manifest)
         stored = writer.put_manifest(name if single else model.digest(data), data, manifest.media_type)
-        entries.append(msgspec.structs.replace(stored, platform=found.platform))
+        entries.append(msgspec.structs.replace(stored, platform=plan.found.platform))
         sizes += manifest.config.size + sum(layer.size for layer in manifest.layers)
     descriptor = entries[0]
     if not single:
@@ -94,70 +137,100 @@ def reverse(
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,
         push_seconds=ended - converted,
-        layers=states,
+        layers=[state for *_, state in jobs],
     )
 
 
-def _blobs(found: Image) -> list[tuple[int, Descriptor]]:
-    return list(enumerate(found.manifest.layers[:-1], 1))
+def _plan(found: Image, reader: Source, where: str, backend: Backend | None) -> _Plan:
+    from nydus import rafs
+    from nydus.build.merge import overlay
+
+    *blobs, last = found.manifest.layers
+    stream = reader.blob(last.digest, last.size)
+    try:
+        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{where}: bootstrap layer")
+    finally:
+        stream.close()
+    tree = rafs.read(files[BOOTSTRAP], f"{where}: {BOOTSTRAP}")
+    if tree.blobs and not blobs and backend is None:
+        raise ConfigError(f"{where}: its blobs are in a storage backend; say which with --backend-type")
+    if any(model.NYDUS_REF in layer.annotations for layer in blobs):
+        return _Plan(found, tree, list(blobs))
+    copies = last.annotations.get(PREFETCH_BLOB, "")
+    layers = [layer for layer in blobs if layer.digest.partition(":")[2] != copies]
+    trees = [
+        _layer_tree(layer.digest, layer.size, partial(reader.read_range, layer.digest)) for layer in layers
+    ]
+    # Blobs of a chunk dictionary come last, and are layers of other images.
+    history = [entry for entry in found.config.history or () if not entry.empty_layer]
+    named = sum(entry.comment != _BOOTSTRAP_COMMENT for entry in history)
+    names = {path for _, path in tree.walk()}
+    for count in (len(layers), named):
+        if 0 < count <= len(layers) and {path for _, path in overlay(trees[:count]).walk()} == names:
+            return _Plan(found, tree, list(layers[:count]))
+    return _Plan(found, tree, [None])
+
+
+def _layer_tree(digest: str, size: int, read: Callable[[int, int], bytes]) -> Tree:
+    """The file system of a layer, from the end of its blob."""
+    from nydus import rafs
+    from nydus.build.layer import UNKNOWN_ID
+    from nydus.rafs import toc
+
+    where, name = f"blob {digest}", digest.partition(":")[2]
+    tree = rafs.read(toc.extract_bootstrap(read, size, where), where)
+    tree.blobs = [replace(blob, id=name) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs]
+    return tree
 
 
 def _layer(
-    found: Image,
-    layer: Descriptor,
-    state: LayerProgress,
-    reader: Source,
-    writer: Sink,
-    link_from: str,
-    options: ConvertOptions,
-    progress: Progress,
+    work: _Work, plan: _Plan, layer: Descriptor | None, state: LayerProgress
 ) -> tuple[Descriptor, str]:
     """One layer in the target: its descriptor and diff id."""
-    docker = found.manifest.media_type == model.DOCKER_MANIFEST
+    docker = plan.found.manifest.media_type == model.DOCKER_MANIFEST
     media_type = model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP
     try:
-        if digest := layer.annotations.get(model.NYDUS_REF):
-            size = reader.blob_size(digest)
-            copy_blob(reader, writer, LayerProgress(0, digest, size), link_from)
-            made = Descriptor(media_type=media_type, digest=digest, size=size), _diff_id(reader, digest, size)
+        if layer and (digest := layer.annotations.get(model.NYDUS_REF)):
+            size = work.reader.blob_size(digest)
+            copy_blob(work.reader, work.writer, LayerProgress(0, digest, size), work.link_from)
+            diff_id = _diff_id(work.reader, digest, size)
+            made = Descriptor(media_type=media_type, digest=digest, size=size), diff_id
         else:
-            for attempt in range(1, options.attempts + 1):
+            for attempt in range(1, work.options.attempts + 1):
                 try:
-                    made = _rebuild(layer, state, reader, writer, media_type, progress)
+                    made = _rebuild(work, plan, layer, state, media_type)
                     break
                 except BackendError as error:
-                    if error.permanent or attempt == options.attempts:
+                    if error.permanent or attempt == work.options.attempts:
                         raise
-                    time.sleep(options.retry_delay)
+                    time.sleep(work.options.retry_delay)
     except NydusError as error:
         raise NydusError(f"layer {state.number}: {error}") from error
-    state.state, state.downloaded, state.built, state.uploaded = (
-        "done",
-        state.size,
-        made[0].size,
-        made[0].size,
-    )
-    progress.changed(state)
+    size = made[0].size
+    state.state, state.downloaded, state.built, state.uploaded = "done", state.size, size, size
+    work.progress.changed(state)
     return made
 
 
 def _rebuild(
-    layer: Descriptor, state: LayerProgress, reader: Source, writer: Sink, media_type: str, progress: Progress
+    work: _Work, plan: _Plan, layer: Descriptor | None, state: LayerProgress, media_type: str
 ) -> tuple[Descriptor, str]:
     from isal import isal_zlib
 
-    from nydus import image, rafs
+    from nydus import image
     from nydus.build.archive import write_tar
-    from nydus.build.layer import UNKNOWN_ID
-    from nydus.rafs import toc
 
-    where, name = f"blob {layer.digest}", layer.digest.partition(":")[2]
-    bootstrap = toc.extract_bootstrap(lambda o, n: reader.read_range(layer.digest, o, n), layer.size, where)
-    tree = rafs.read(bootstrap, where)
-    tree.blobs = [replace(blob, id=name) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs]
     plain, packed, size = hashlib.sha256(), hashlib.sha256(), 0
     packer = isal_zlib.compressobj(_GZIP_LEVEL, isal_zlib.DEFLATED, 31)
-    with writer.upload() as upload:
+    with ExitStack() as stack:
+        tree, blobs, omit = plan.tree, work.blobs, frozenset[int]()
+        if layer is not None:
+            # Tables at the end of a blob are not covered by the digests of chunks: the whole blob has to be
+            # checked first.
+            spool = _Spool(layer, work, stack.enter_context(tempfile.TemporaryFile()), state)
+            tree, blobs = _layer_tree(layer.digest, layer.size, spool.range), spool
+            omit = _implied(tree, plan.tree)
+        upload = stack.enter_context(work.writer.upload())
 
         def put(data: bytes) -> None:
             nonlocal size
@@ -170,15 +243,70 @@ def _rebuild(
             plain.update(data)
             put(packer.compress(data))
             state.state, state.built, state.uploaded = "converting", size, upload.sent
-            progress.changed(state)
+            work.progress.changed(state)
 
-        with image.open(tree, SourceBackend(reader)) as opened:
-            write_tar(opened, pack)
+        write_tar(image.open(tree, blobs), pack, omit=omit)
         put(packer.flush())
         digest = f"sha256:{packed.hexdigest()}"
         upload.commit(digest)
     made = Descriptor(media_type=media_type, digest=digest, size=size)
     return made, f"sha256:{plain.hexdigest()}"
+
+
+def _implied(layer: Tree, image: Tree) -> frozenset[int]:
+    """Rows of directories that the layer's archive did not have, as far as that matters.
+
+    A layer does not say which of its directories were only implied by the names in them. One that looks so,
+    but has other attributes in the image, got these below or above.
+    """
+    nodes = layer.nodes
+    plain = (nodes["mode"] == 0o040755) & (nodes["mtime"] == 0) & (nodes["xattr"] < 0)
+    plain &= (nodes["uid"] == 0) & (nodes["gid"] == 0) & (nodes["mtime_ns"] == 0)
+    omit = set()
+    for row in plain.nonzero()[0].tolist():
+        other = image.find(layer.path(row)) if len(layer.children(row)) else None
+        if other is None:
+            continue
+        node = image.nodes[other]
+        same = all(node[key] == nodes[row][key] for key in ("mode", "uid", "gid", "mtime", "mtime_ns"))
+        if node["mode"] & 0o170000 == 0o040000 and not (same and node["xattr"] < 0):
+            omit.add(row)
+    return frozenset(omit)
+
+
+class _Spool(SourceBackend):
+    """A blob that was downloaded and checked, in an unnamed file; other blobs come from the source."""
+
+    def __init__(self, layer: Descriptor, work: _Work, file: IO[bytes], state: LayerProgress) -> None:
+        super().__init__(work.reader)
+        self._id, self._file, self._length = layer.digest.partition(":")[2], file, layer.size
+        stream = work.reader.blob(layer.digest, layer.size)
+        try:
+            while piece := stream.read(_PIECE):
+                file.write(piece)
+                state.downloaded += len(piece)
+                work.progress.changed(state)
+            file.flush()
+        except OSError as error:
+            raise NydusError(f"temporary file: {error.strerror}") from error
+        finally:
+            stream.close()
+
+    def range(self, offset: int, size: int) -> bytes:
+        """Bytes of the blob."""
+        return os.pread(self._file.fileno(), size, offset)
+
+    def _read(self, blob_id: str, offset: int, size: int) -> bytes:
+        return self.range(offset, size) if blob_id == self._id else super()._read(blob_id, offset, size)
+
+    def size(self, blob_id: str) -> int:
+        return self._length if blob_id == self._id else super().size(blob_id)
+
+
+def _added(entry: dict[str, Any]) -> bool:
+    """Whether a history entry tells of the conversion to Nydus."""
+    by = str(entry.get("created_by", ""))
+    return entry.get("comment") == _BOOTSTRAP_COMMENT or by.startswith("nydusify optimize")
 
 
 def _diff_id(reader: Source, digest: str, size: int) -> str:
@@ -194,11 +322,17 @@ def _diff_id(reader: Source, digest: str, size: int) -> str:
     return f"sha256:{plain.hexdigest()}"
 
 
-def _manifest(found: Image, layers: Sequence[tuple[Descriptor, str]], writer: Sink, where: str) -> Manifest:
+def _manifest(
+    found: Image, layers: Sequence[tuple[Descriptor, str]], writer: Sink, *, whole: bool
+) -> Manifest:
     config: dict[str, Any] = json.loads(found.raw_config)
     config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}
     history = config.get("history") or []
-    config["history"] = [entry for entry in history if entry.get("comment") != "Nydus Bootstrap Layer"]
+    kept = [entry for entry in history if not _added(entry)]
+    if whole:
+        kept = [{**entry, "empty_layer": True} for entry in kept]
+        kept.append({"created_by": "nydusify convert --reverse"})
+    config["history"] = kept
     docker = found.manifest.media_type == model.DOCKER_MANIFEST
     kind = found.manifest.config.media_type
     if kind in ("", model.NYDUS_CONFIG):
