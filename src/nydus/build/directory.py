@@ -76,13 +76,13 @@ def scan(path: str, options: BuildOptions) -> tuple[TreeBuilder, dict[int, tuple
             0 if number == 0 else ns % 1_000_000_000,
             size=status.st_size if kind == stat.S_IFREG else 0,
             rdev=device(os.major(status.st_rdev), os.minor(status.st_rdev)),
-            target=os.readlink(name) if kind == stat.S_IFLNK else b"",  # noqa: PTH115 (paths are bytes)
+            target=os.readlink(name) if kind == stat.S_IFLNK else b"",
             xattrs=_xattrs(name),
             number=number,
         )
 
     try:
-        status = os.stat(root)  # noqa: PTH116
+        status = os.stat(root)
         if not stat.S_ISDIR(status.st_mode):
             raise NydusError(f"{path}: not a directory")
         builder = TreeBuilder(device(os.major(status.st_rdev), os.minor(status.st_rdev)), path)

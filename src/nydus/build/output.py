@@ -31,7 +31,7 @@ class Output:
         self._directory = directory
         try:
             try:
-                special = not directory and not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+                special = not directory and not stat.S_ISREG(os.stat(path).st_mode)
             except FileNotFoundError:
                 special = False
             if special:

@@ -264,7 +264,7 @@ def _create(
 def _build(given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], sink: Any) -> LayerResult:
     source, kind = given["source"], given["kind"]
     try:
-        mode = os.stat(source).st_mode  # noqa: PTH116
+        mode = os.stat(source).st_mode
     except OSError as error:
         raise NydusError(f"{source}: cannot read the source: {error.strerror}") from None
     if kind == "dir-rafs":
