@@ -77,6 +77,17 @@ def test_python_reads_the_archive_as_we_do(vectors: Path, tmp_path: Path) -> Non
                 )
 
 
+def test_attribute_names_cannot_split_a_record(tmp_path: Path) -> None:
+    builder = TreeBuilder()
+    builder.add(b"file", stat.S_IFREG | 0o644, xattrs=((b"user.a=b", b"value"), (b"user.c", b"=\n")))
+    layer = LayerBuilder(len, BuildOptions())
+    with layer.writer:
+        tree = layer.finish(builder).tree
+    with nydus.open(tree, tmp_path) as image, tarfile.open(fileobj=io.BytesIO(unpack(image))) as archive:
+        (member,) = archive.getmembers()
+    assert member.pax_headers == {"SCHILY.xattr.user.a%3Db": "value", "SCHILY.xattr.user.c": "=\n"}
+
+
 NAMES_OF = st.binary(min_size=1, max_size=130).filter(
     lambda n: not {0, 47} & set(n) and n not in (b".", b"..")
 )

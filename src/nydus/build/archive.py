@@ -203,7 +203,8 @@ def _records(
         records[b"mtime"] = b"%s%d.%09d" % (b"-" if total < 0 else b"", *divmod(abs(total), 10**9))
     if int(node["xattr"]) >= 0:
         for key, content in tree.xattrs[int(node["xattr"])]:
-            records[b"SCHILY.xattr." + key] = content
+            # A key ends at its first "="; GNU tar writes it so.
+            records[b"SCHILY.xattr." + key.replace(b"=", b"%3D")] = content
     return records
 
 
