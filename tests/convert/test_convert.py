@@ -523,17 +523,17 @@ def test_a_storage_backend(server: FaultyRegistry, source: str, tmp_path: Path) 
     assert config["history"] == [{"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}]
     assert sorted(p.name for p in folder.iterdir()) == sorted(b.id for b in tree_of(target.open(), "b").blobs)
     amd64 = model.Platform(os="linux", architecture="amd64")
-    report = check(target, place(source), amd64, tmp_path, target_blobs=folder)
+    report = check(target, place(source), amd64, tmp_path, target_blobs=FolderPlace(folder))
     assert report.kind == "storage-backend" and report.checks["filesystem"] == 17
     with pytest.raises(CheckError, match="say which with --target-backend-type"):
         check(target, None, amd64, tmp_path)
     blob = next(folder.iterdir())
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckError, match="corrupted blob"):
-        check(target, None, amd64, tmp_path, target_blobs=folder)
+        check(target, None, amd64, tmp_path, target_blobs=FolderPlace(folder))
     for kind, config, words in (
         ("localfs", {"folder": "x"}, "dir|folder"),
-        ("s3", {}, "not supported"),
+        ("s3", {}, "bucket_name"),
         ("x", {}, "x"),
     ):
         with pytest.raises(ConfigError, match=words):

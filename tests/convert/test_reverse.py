@@ -193,6 +193,17 @@ def test_an_optimized_image(server: FaultyRegistry, made: RegistryPlace, tmp_pat
     assert len(found["layers"]) == len(found["config"]["content"]["history"]) == 6
 
 
+def test_an_image_with_a_chunk_dictionary(server: FaultyRegistry, made: RegistryPlace) -> None:
+    """Its layers are followed by blobs that are layers of another image."""
+    dictionary, nydus, back = place(server, "dictionary"), place(server, "nydus"), place(server, "back")
+    image(made, dictionary)
+    image(made, nydus, dictionary=dictionary)
+    assert len(load(nydus.open(), "nydus")["layers"]) > 7
+    reverse(nydus, back)
+    assert compare(listing(made), listing(back)) > 30
+    assert len(load(back.open(), "back")["layers"]) == 6
+
+
 def test_a_changed_blob_is_refused(server: FaultyRegistry, made: RegistryPlace) -> None:
     """Also where the change is in the blob's own tables, which no chunk's digest covers."""
     nydus = place(server, "nydus")

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from nydus.convert.check import Side
     from nydus.convert.listing import Listing
 
-_NOT_YET = (
-    "source_backend_type",
-    "source_backend_config",
-    "source_backend_config_file",
-)
-
 
 @click.command(cls=GoCommand, short_help="Check a Nydus image, and compare it with its source.")
 @option(
@@ -36,10 +30,10 @@ _NOT_YET = (
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
-@option("--source-backend-type", env="", hidden=True)
-@option("--source-backend-config", env="", hidden=True)
-@option("--source-backend-config-file", env="", hidden=True)
-@option("--target-backend-type", env="BACKEND_TYPE", help="Where the target's blobs are: localfs.")
+@option("--source-backend-type", help="Where a Nydus source's blobs are: oss, s3 or localfs.")
+@option("--source-backend-config", help="Its configuration as JSON.")
+@option("--source-backend-config-file", help="A file with that.")
+@option("--target-backend-type", env="BACKEND_TYPE", help="Where the target's blobs are: oss, s3 or localfs.")
 @option("--target-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
 @option("--target-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option(
@@ -69,9 +63,6 @@ def check(ctx: click.Context, /, **values: Any) -> None:
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
-    for name in _NOT_YET:
-        if values[name]:
-            raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
     plain = values["plain_http"]
     target = source_place(
         values["target"],
@@ -89,10 +80,11 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             insecure=values["source_insecure"],
             option="source",
         )
-    found = backend_config(
-        values["target_backend_type"], values["target_backend_config"], values["target_backend_config_file"]
-    )
-    blobs = backend_place(*found).path if found else None
+    places = []
+    for side in ("target", "source"):
+        keys = ("type", "config", "config_file")
+        found = backend_config(*(values[f"{side}_backend_{key}"] for key in keys))
+        places.append(backend_place(*found) if found else None)
     work_dir = Path(values["work_dir"])
     output = Path(values["output_json"]) if values["output_json"] else None
     document: dict[str, Any] = {"target": str(target), "verified": False}
@@ -109,7 +101,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             mounted = through_mount
         with progress_for(log) as progress:
             platform = one_platform(values["platform"])
-            report = run(target, source, platform, work_dir, progress, mounted, blobs)
+            report = run(target, source, platform, work_dir, progress, mounted, *places)
         document = {**dataclasses.asdict(report), "verified": True}
         for warning in report.warnings:
             log.warning(warning)
@@ -148,8 +140,11 @@ def _mounted(side: Side, folder: Path, work_dir: Path, nydusd: str) -> Listing:
     from nydus.convert.mounting import backend_of, mounted
     from nydus.oci.place import ArchivePlace
 
-    if isinstance(side.place, ArchivePlace) or side.blobs is not None:
-        backend: dict[str, Any] = {"type": "localfs", "config": {"dir": str((folder / side.name).absolute())}}
+    backend: dict[str, Any]
+    if side.blobs is not None:
+        backend = side.blobs.device
+    elif isinstance(side.place, ArchivePlace):
+        backend = {"type": "localfs", "config": {"dir": str((folder / side.name).absolute())}}
     else:
         backend = backend_of(side.place)
     mountpoint = folder / "mnt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                 target, plain_http=values["plain_http"], insecure=values["target_insecure"]
             )
             if values["reverse"]:
-                result = reverse(source, place, options, progress, platforms)
+                with _blobs(values) as blobs:
+                    result = reverse(source, place, options, progress, platforms, blobs)
             else:
                 cache, backend = _build_cache(values, target), _backend(values)
                 chunks = _dictionary(values)
@@ -174,7 +176,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
                     layout = LayoutPlace(Path(folder))
                     if values["reverse"]:
-                        result = reverse(source, layout, options, progress, platforms)
+                        with _blobs(values) as blobs:
+                            result = reverse(source, layout, options, progress, platforms, blobs)
                     else:
                         backend = _backend(values)
                         chunks = _dictionary(values)
@@ -207,6 +210,14 @@ def _backend(values: dict[str, Any]) -> Any:
 
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
     return backend_place(*found, force=values["backend_force_push"]) if found else None
+
+
+def _blobs(values: dict[str, Any]) -> AbstractContextManager[Any]:
+    """That backend for reading, or None."""
+    from contextlib import closing, nullcontext
+
+    place = _backend(values)
+    return closing(place.open()) if place else nullcontext()
 
 
 def _dictionary(values: dict[str, Any]) -> Any:

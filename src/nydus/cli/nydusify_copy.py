@@ -19,9 +19,9 @@ from nydus.errors import ConfigError
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
-@option("--source-backend-type", env="BACKEND_TYPE", hidden=True)
-@option("--source-backend-config", env="BACKEND_CONFIG", hidden=True)
-@option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", hidden=True)
+@option("--source-backend-type", env="BACKEND_TYPE", help="Where the source's blobs are: oss, s3 or localfs.")
+@option("--source-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
 @option("--all-platforms", is_flag=True, help="Copy the images of all platforms.")
 @option("--push-chunk-size", default="0MB", hidden=True)
@@ -33,25 +33,39 @@ from nydus.errors import ConfigError
 def copy(ctx: click.Context, /, **values: Any) -> None:
     """Copy an image as it is; every digest stays.
 
-    What the target has already is not sent again, and within one registry nothing is.
+    What the target has already is not sent again, and within one registry nothing is. Blobs of a storage
+    backend become layers of the image, for which it gets a new manifest.
     """
     from nydus.cli.nydusify_convert import work_dir
-    from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.cli.nydusify_places import backend_config, one_platform, platforms, source_place
     from nydus.cli.progress import progress_for
-    from nydus.convert.copy import copy as run
+    from nydus.convert.backend import backend_place
+    from nydus.convert.copy import Copied
+    from nydus.convert.copy import copy as copy_image
+    from nydus.convert.gather import gather
     from nydus.oci.archive import write_archive
     from nydus.oci.layout import Layout
-    from nydus.oci.place import LayoutPlace, registry_place
+    from nydus.oci.place import LayoutPlace, SinkPlace, registry_place
     from nydus.oci.reference import Reference, parse
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
-    if values["source_backend_type"]:
-        raise ConfigError("--source-backend-type is not supported yet")
+    backend = backend_config(
+        values["source_backend_type"], values["source_backend_config"], values["source_backend_config_file"]
+    )
     plain, chosen = values["plain_http"], platforms(values["platform"], values["all_platforms"])
     source = source_place(
         values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
     )
+    blobs = backend_place(*backend) if backend else None
+    if blobs and values["all_platforms"]:
+        raise ConfigError("--all-platforms cannot be used with a storage backend")
+
+    def run(target: SinkPlace) -> Copied:
+        if blobs:
+            return gather(source, blobs, target, one_platform(values["platform"]), progress)
+        return copy_image(source, target, progress, chosen)
+
     with progress_for(log) as progress:
         if values["target"].startswith("file://"):
             path = Path(values["target"].removeprefix("file://"))
@@ -60,13 +74,13 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
             name = getattr(source, "reference", None) or Reference("localhost", "image", "latest")
             with work_dir(Path(values["work_dir"])) as base:
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    copied = run(source, LayoutPlace(Path(folder)), progress, chosen)
+                    copied = run(LayoutPlace(Path(folder)))
                     write_archive(Layout(folder), path, name)
         else:
             target = registry_place(
                 parse(values["target"]), plain_http=plain, insecure=values["target_insecure"]
             )
-            copied = run(source, target, progress, chosen)
+            copied = run(target)
     log.info(
         f"copied {copied.blobs} blobs, sent {human(copied.sent)}, {human(copied.present)} were there",
         target=values["target"],

@@ -39,6 +39,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     On SIGINT or SIGTERM the image is unmounted, the daemon ended, and all that was made is removed.
     """
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
+    from nydus.convert.backend import backend_place
     from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
     from nydus.convert.mounting import backend_of, mounted
     from nydus.convert.select import select
@@ -55,7 +56,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     if os.geteuid() != 0:
         raise ConfigError("mounting needs root")
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
-    backend = {"type": found[0], "config": found[1]} if found else backend_of(place)
+    backend = backend_place(*found).device if found else backend_of(place)
     reader = place.open()
     _, images = select(reader, place.target, str(place), [one_platform(values["platform"])], nydus=True)
     image = next((found for found in images if found.is_nydus), None)

@@ -6,24 +6,26 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import Image, select
-from nydus.errors import FormatError, NydusError
+from nydus.errors import BackendError, FormatError, NydusError
 from nydus.oci import model
-from nydus.oci.layout import Directory, LayoutReader
 from nydus.oci.model import Platform
 from nydus.oci.place import Source, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.rafs.model import Tree
 
+#: Bytes of one request, which for an object store is one round trip.
+_PIECE = 4 << 20
 _BOOTSTRAP_TYPES = (model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP, model.OCI_LAYER)
 
 #: Gives the listing of a Nydus image through a mount: (place, image, bootstrap file, work folder).
@@ -48,7 +50,7 @@ class Side:
         nydus, oci: what it has of the wanted platform; a merged index has both.
         files: of the bootstrap layer.
         tree: of the bootstrap.
-        blobs: folder with the blobs (by sha256, hex) of an image whose blobs are in a storage backend.
+        blobs: the storage backend of an image whose blobs are in one.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Side:
     oci: Image | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     tree: Tree | None = None
-    blobs: Path | None = None
+    blobs: BackendPlace | None = None
 
     def image(self) -> Image:
         found = self.nydus or self.oci
@@ -94,7 +96,8 @@ def check(
     work_dir: Path,
     progress: Progress | None = None,
     mounted: Mounted | None = None,
-    target_blobs: Path | None = None,
+    target_blobs: BackendPlace | None = None,
+    source_blobs: BackendPlace | None = None,
 ) -> Report:
     """Checks a Nydus image, and that it is the same as another image.
 
@@ -103,7 +106,7 @@ def check(
     Args:
         source: the image it was made of, or another Nydus image of it; None to check the target alone.
         work_dir: gets the documents and the bootstrap, in ``source`` and ``target``. Kept.
-        target_blobs: folder of the storage backend with the target's blobs.
+        target_blobs, source_blobs: storage backends with the blobs of an image that does not list them.
         mounted: reads the target's files through a mount; None reads them through our own reader.
 
     Raises:
@@ -117,7 +120,7 @@ def check(
     if source is not None:
         sides.insert(0, _parse("source", source, platform))
     mine = sides[-1]
-    mine.blobs = target_blobs
+    sides[0].blobs, mine.blobs = source_blobs, target_blobs
     if mine.nydus is None:
         raise CheckError(
             "manifest", "target", f"{target} is not a Nydus image: its last layer is no bootstrap"
@@ -307,11 +310,13 @@ def _check_bootstrap(side: Side, report: Report) -> None:
     if tree.blobs and not layers[:-1]:
         report.kind = "storage-backend"
         if side.blobs is None:
-            raise wrong("its blobs are in a storage backend; say which with --target-backend-type")
-        for blob in tree.blobs:
-            if not (side.blobs / blob.id).is_file():
-                raise wrong(f"blob {blob.id} is not in {side.blobs}")
-            sizes[blob.id] = (side.blobs / blob.id).stat().st_size
+            raise wrong(f"its blobs are in a storage backend; say which with --{side.name}-backend-type")
+        with closing(side.blobs.open()) as backend:
+            for blob in tree.blobs:
+                try:
+                    sizes[blob.id] = backend.size(blob.id)
+                except BackendError as error:
+                    raise wrong(f"blob {blob.id} is not in {side.blobs}: {error}") from error
     for blob in tree.blobs:
         if blob.id in references:
             if not side.reader.has_blob(f"sha256:{blob.id}"):
@@ -333,30 +338,31 @@ def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
     """Downloads the blobs, which checks their digests; compares their tables with the bootstrap layer's."""
     assert side.nydus is not None and side.tree is not None
     folder.mkdir(parents=True)
-    source: Source = side.reader
     wanted = {layer.digest: layer.size for layer in side.nydus.manifest.layers[:-1]}
-    if side.blobs is not None and not wanted:
-        wanted = {f"sha256:{blob.id}": -1 for blob in side.tree.blobs}
-        source = LayoutReader(_ByName(side.blobs))
-    for layer in side.nydus.manifest.layers[:-1]:
-        if reference := layer.annotations.get(model.NYDUS_REF):
-            wanted[reference] = -1
-    for digest, size in wanted.items():
-        path = folder / digest.partition(":")[2]
-        try:
-            stream = source.blob(digest, size if size >= 0 else None)
+    with ExitStack() as stack:
+        source: Source = side.reader
+        if side.blobs is not None and not wanted:
+            wanted = {f"sha256:{blob.id}": -1 for blob in side.tree.blobs}
+            source = blobs_of(side.blobs, stack.enter_context(closing(side.blobs.open())))
+        for layer in side.nydus.manifest.layers[:-1]:
+            if reference := layer.annotations.get(model.NYDUS_REF):
+                wanted[reference] = -1
+        for digest, size in wanted.items():
+            path = folder / digest.partition(":")[2]
             try:
-                with open(path, "wb") as file:
-                    while piece := stream.read(1 << 20):
-                        file.write(piece)
-            finally:
-                stream.close()
-        except NydusError as error:
-            raise CheckError("blob", side.name, error) from error
-        except OSError as error:
-            raise NydusError(f"{path}: {error.strerror}") from error
-        report.count("blobs")
-        report.count("blob bytes", path.stat().st_size)
+                stream = source.blob(digest, size if size >= 0 else None)
+                try:
+                    with open(path, "wb") as file:
+                        while piece := stream.read(_PIECE):
+                            file.write(piece)
+                finally:
+                    stream.close()
+            except NydusError as error:
+                raise CheckError("blob", side.name, error) from error
+            except OSError as error:
+                raise NydusError(f"{path}: {error.strerror}") from error
+            report.count("blobs")
+            report.count("blob bytes", path.stat().st_size)
     _check_metas(side, folder, report)
 
 
@@ -422,16 +428,6 @@ def _kept(name: str, value: bytes) -> bool:
     from nydus.build.layer import known_xattrs
 
     return bool(known_xattrs(((name.encode("utf8", "surrogateescape"), value),)))
-
-
-class _ByName(Directory):
-    """A folder of blobs as a layout has them."""
-
-    def size(self, path: str) -> int:
-        return super().size(Path(path).name)
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        return super().read(Path(path).name, offset, size)
 
 
 @contextmanager

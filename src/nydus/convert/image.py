@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from nydus.convert.backend import FolderPlace
+from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
@@ -62,7 +62,7 @@ def image(
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
     cache: BuildCache | None = None,
-    backend: FolderPlace | None = None,
+    backend: BackendPlace | None = None,
     dictionary: SourcePlace | None = None,
 ) -> Result:
     """Converts an image.

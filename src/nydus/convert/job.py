@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nydus.convert.backend import FolderPlace
+from nydus.convert.backend import BackendPlace
 from nydus.convert.options import ConvertOptions
 from nydus.oci.model import Descriptor
 from nydus.oci.place import SinkPlace, SourcePlace
@@ -27,7 +27,7 @@ class Job:
     number: int
     layer: Descriptor
     source: SourcePlace
-    target: SinkPlace | FolderPlace
+    target: SinkPlace | BackendPlace
     options: ConvertOptions
     dictionary: Tree | None = None
 

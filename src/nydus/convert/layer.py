@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nydus.build.layer import BuildOptions, build_layer
 from nydus.build.zran import build_reference
-from nydus.convert.backend import FolderPlace
+from nydus.convert.backend import BackendPlace
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
@@ -52,7 +52,7 @@ def build_options(options: ConvertOptions, dictionary: Tree | None = None) -> Bu
 
 
 _opened: dict[SourcePlace, Source] = {}
-_opened_sinks: dict[SinkPlace | FolderPlace, Sink] = {}
+_opened_sinks: dict[SinkPlace | BackendPlace, Sink] = {}
 
 
 def convert_layer(job: Job, report: Report) -> Converted:

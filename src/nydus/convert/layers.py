@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from nydus.convert.backend import FolderPlace
+from nydus.convert.backend import BackendPlace
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 8
 
 
-def repository_of(place: SinkPlace | SourcePlace | FolderPlace) -> str:
+def repository_of(place: SinkPlace | SourcePlace | BackendPlace) -> str:
     """``host/name`` of a registry place, "" for others."""
     return place.reference.name if isinstance(place, RegistryPlace) else ""
 
@@ -30,7 +30,7 @@ def repository_of(place: SinkPlace | SourcePlace | FolderPlace) -> str:
 def convert_layers(
     images: Sequence[Image],
     source: SourcePlace,
-    target: SinkPlace | FolderPlace,
+    target: SinkPlace | BackendPlace,
     options: ConvertOptions,
     workers: Workers,
     progress: Progress,
@@ -55,7 +55,7 @@ def convert_layers(
     progress.layers(states)
     # An index over a layer is made faster than found again, and a storage backend is only written to.
     # What was built with a dictionary is of use with that one only.
-    lasting = not options.oci_ref and not isinstance(target, FolderPlace) and dictionary is None
+    lasting = not options.oci_ref and not isinstance(target, BackendPlace) and dictionary is None
     record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
 
@@ -69,7 +69,7 @@ def convert_layers(
         progress.changed(state)
 
     known = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
-    if not isinstance(target, FolderPlace):
+    if not isinstance(target, BackendPlace):
         _take_over({digest: found for digest, found in known.items() if found}, target, finish)
 
     jobs = [

@@ -164,11 +164,30 @@ def _plan(found: Image, reader: Source, where: str, backend: Backend | None) -> 
     # Blobs of a chunk dictionary come last, and are layers of other images.
     history = [entry for entry in found.config.history or () if not entry.empty_layer]
     named = sum(entry.comment != _BOOTSTRAP_COMMENT for entry in history)
-    names = {path for _, path in tree.walk()}
-    for count in (len(layers), named):
-        if 0 < count <= len(layers) and {path for _, path in overlay(trees[:count]).walk()} == names:
+    wanted = _files(tree)
+    for count in (named, len(layers)):
+        if 0 < count <= len(layers) and _files(overlay(trees[:count])) == wanted:
             return _Plan(found, tree, list(layers[:count]))
     return _Plan(found, tree, [None])
+
+
+def _files(tree: Tree) -> dict[bytes, tuple[object, ...]]:
+    """All names, with what tells files apart."""
+    found: dict[bytes, tuple[object, ...]] = {}
+    for row, path in tree.walk():
+        node = tree.nodes[row]
+        if node["mode"] & 0o170000 == 0o040000:  # its attributes may depend on what was only implied
+            found[path] = ()
+        else:
+            content = tree.node_chunks(row)["digest"].tobytes()
+            found[path] = (
+                int(node["mode"]),
+                int(node["size"]),
+                int(node["mtime"]),
+                tree.target(row),
+                content,
+            )
+    return found
 
 
 def _layer_tree(digest: str, size: int, read: Callable[[int, int], bytes]) -> Tree:

@@ -1,0 +1,142 @@
+"""Images whose blobs are in a storage backend: convert, check, mount, copy, and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from documents import load
+from faulty import FaultyRegistry
+from nydusify_command import Nydusify
+
+from nydus.oci import model
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+
+from objectstore_server import ObjectStoreServer
+
+pytestmark = pytest.mark.vectors
+
+
+@pytest.fixture
+def bucket() -> Iterator[ObjectStoreServer]:
+    with closing(ObjectStoreServer()) as server:
+        yield server
+
+
+@pytest.fixture(params=["s3", "oss", "localfs"])
+def backend(request: pytest.FixtureRequest, bucket: ObjectStoreServer, tmp_path: Path) -> tuple[str, str]:
+    """Type and configuration."""
+    kind: str = request.param
+    config = {"dir": str(tmp_path / "blobs")} if kind == "localfs" else bucket.config()
+    return kind, json.dumps(config)
+
+
+def options(backend: tuple[str, str], side: str = "") -> tuple[str, ...]:
+    return f"--{side}backend-type", backend[0], f"--{side}backend-config", backend[1]
+
+
+def of(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+def test_all_commands(
+    nydusify: Nydusify,
+    server: FaultyRegistry,
+    source: str,
+    bucket: ObjectStoreServer,
+    backend: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    target = f"{server.host}/small:stored"
+
+    def run(*arguments: str) -> None:
+        done = nydusify(*arguments, "--plain-http")
+        assert done.returncode == 0, done.stderr
+
+    run("convert", "--source", source, "--target", target, *options(backend))
+    manifest = load(of(target).open(), "stored")
+    assert len(manifest["layers"]) == len(manifest["config"]["content"]["rootfs"]["diff_ids"]) == 1
+    assert model.NYDUS_BOOTSTRAP in manifest["layers"][0]["annotations"]
+    assert len(manifest["config"]["content"]["history"]) == 1
+    blobs = list((tmp_path / "blobs").iterdir()) if backend[0] == "localfs" else list(bucket.objects)
+    assert len(blobs) == 3
+    if backend[0] != "localfs":
+        assert all(key.startswith("images/nydus/") for key in blobs) and not bucket.uploads
+
+    run("check", "--source", source, "--target", target, "--no-mount", *options(backend, "target-"))
+    done = nydusify("check", "--target", target, "--plain-http")
+    assert done.returncode == 1 and "say which with --target-backend-type" in done.stderr
+
+    copied = f"{server.host}/copied:whole"
+    run("copy", "--source", target, "--target", copied, *options(backend, "source-"))
+    run("check", "--source", source, "--target", copied, "--no-mount")
+    stored = options(backend, "source-")
+    run("check", "--source", target, "--target", copied, "--no-mount", *stored)
+
+    back = f"{server.host}/back:oci"
+    run("convert", "--reverse", "--source", target, "--target", back, *options(backend))
+    run("check", "--source", back, "--target", copied, "--no-mount")
+
+
+@pytest.mark.root
+def test_a_mount_reads_the_bucket(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, bucket: ObjectStoreServer
+) -> None:
+    stored = ("s3", json.dumps(bucket.config()))
+    target = f"{server.host}/small:stored"
+    common = ("--source", source, "--target", target, "--plain-http")
+    assert nydusify("convert", *common, *options(stored)).returncode == 0
+    done = nydusify("check", *common, *options(stored, "target-"))
+    assert done.returncode == 0, done.stderr
+    assert "verified image" in done.stderr
+
+
+def test_what_is_there_is_sent_again_only_when_forced(
+    nydusify: Nydusify, source: str, bucket: ObjectStoreServer
+) -> None:
+    stored = ("s3", json.dumps(bucket.config()))
+    common = ("convert", "--source", source, "--target-suffix=-n", "--plain-http", *options(stored))
+
+    def writes() -> int:
+        return sum(method == "PUT" for method, _ in bucket.seen)
+
+    assert nydusify(*common).returncode == 0
+    first = writes()
+    assert first == 3
+    assert nydusify(*common).returncode == 0
+    assert writes() == first
+    assert nydusify(*common, "--backend-force-push").returncode == 0
+    assert writes() == 2 * first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("s3", ""), "needs exactly one of"),
+        (("s3", "{}"), "bucket_name"),
+        (("s3", "[]"), "not a JSON object"),
+        (("nfs", "{}"), "unknown backend type 'nfs'"),
+        (("localfs", '{"folder": "x"}'), "folder"),
+    ],
+)
+def test_wrong_configurations(nydusify: Nydusify, arguments: tuple[str, str], words: str) -> None:
+    done = nydusify("convert", "--source", "a", "--target", "b", *options(arguments))
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_bucket_that_refuses_leaves_no_image(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, bucket: ObjectStoreServer
+) -> None:
+    stored = ("s3", json.dumps(bucket.config(access_key_id="STRANGER")))
+    done = nydusify("convert", "--source", source, "--target-suffix=-n", "--plain-http", *options(stored))
+    assert done.returncode == 1
+    assert "s3 bucket images" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not of(f"{server.host}/small:latest-n").open_sink().has_manifest("latest-n")
