@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import conversion, reading
+from bench import building, conversion, reading
 from bench.figures import machine, save, table
 from bench.images import ROOT, find
 from nydus.demo.run import workspace
@@ -20,10 +20,12 @@ from nydus.errors import NydusError
 @click.option("--image", type=click.Path(exists=True, file_okay=False, path_type=Path), help="An OCI layout.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs; medians count.")
 @click.option(
-    "--only", type=click.Choice(["conversion", "reading"]), help="One half of it; the default is both halves."
+    "--only",
+    type=click.Choice(["building", "conversion", "reading"]),
+    help="One part of it; the default is all parts.",
 )
 def main(image: Path | None, repeats: int, only: str | None) -> None:
-    """Measure conversion, mounts, starts and reads against the ordinary tools; needs root.
+    """Measure builds, conversion, mounts, starts and reads against the ordinary tools; needs root.
 
     Writes bench/results/result.json and result.png.
     """
@@ -41,10 +43,10 @@ def main(image: Path | None, repeats: int, only: str | None) -> None:
             console.print(text, style="dim", highlight=False)
 
         figures = []
-        if only != "reading":
-            figures += conversion.run(chosen, folder / "conversion", repeats, say)
-        if only != "conversion":
-            figures += reading.run(chosen, folder / "reading", repeats, say)
+        for part in (building, conversion, reading):
+            name = part.__name__.rpartition(".")[2]
+            if only in (None, name):
+                figures += part.run(chosen, folder / name, repeats, say)
     console.print(table(figures, f"{chosen.title}: {chosen.size / 1e6:.0f} MB compressed"))
     for path in save(figures, about, ROOT / "bench" / "results"):
         console.print(str(path), highlight=False, soft_wrap=True)

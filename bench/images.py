@@ -37,6 +37,11 @@ class BenchImage:
         return sum(layer["size"] for layer in self._manifest["layers"])
 
     @property
+    def largest_layer(self) -> Path:
+        layer = max(self._manifest["layers"], key=lambda one: one["size"])
+        return self.layout / "blobs" / "sha256" / layer["digest"][7:]
+
+    @property
     def _manifest(self) -> dict:  # type: ignore[type-arg]
         index = json.loads((self.layout / "index.json").read_bytes())
         return self._blob(index["manifests"][0]["digest"])
