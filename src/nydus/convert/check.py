@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -149,6 +150,9 @@ def check(
         files = mounted(mine, folder) if mounted else _listing(mine, folder / "target")
         report.mounted = mounted is not None
         report.count("files", len(files))
+        if mine.oci is not None:
+            progress.note("comparing the halves of the index", image=target)
+            _check_halves(mine, files, report)
         if source is not None:
             progress.note("reading image", image=source, type="nydus" if sides[0].nydus else "oci")
             expected = _listing(sides[0], folder / "source")
@@ -363,7 +367,45 @@ def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
                 raise NydusError(f"{path}: {error.strerror}") from error
             report.count("blobs")
             report.count("blob bytes", path.stat().st_size)
+    _check_contents(side, folder, report)
     _check_metas(side, folder, report)
+
+
+def _check_contents(side: Side, folder: Path, report: Report) -> None:
+    """What lies in the blobs besides data; a blob that only its own bootstrap refers to counts as well."""
+    from nydus.convert.contents import check_contents
+    from nydus.rafs.model import BlobFeature
+
+    assert side.nydus is not None and side.tree is not None
+    listed = {
+        blob.rafs_digest.hex() if any(blob.rafs_digest) else blob.id
+        for blob in side.tree.blobs
+        if blob.features & BlobFeature.HAS_TOC
+    }
+    names = [layer.digest.partition(":")[2] for layer in side.nydus.manifest.layers[:-1]]
+    for name in dict.fromkeys(names or [blob.id for blob in side.tree.blobs]):
+        with open(folder / name, "rb") as file:
+            descriptor, size = file.fileno(), file.seek(0, os.SEEK_END)
+
+            def read(offset: int, length: int, descriptor: int = descriptor) -> bytes:
+                return os.pread(descriptor, length, offset)
+
+            try:
+                found = check_contents(read, size, f"blob {name}", listed=name in listed)
+            except FormatError as error:
+                raise CheckError("blob", side.name, error) from error
+        report.count("sections", found)
+
+
+def _check_halves(side: Side, files: Listing, report: Report) -> None:
+    """A merged index has the same files twice; this reads and verifies the layers of its ordinary half."""
+    assert side.oci is not None
+    try:
+        report.count("merged files", compare(_layers(side), files))
+    except Difference as error:
+        raise CheckError(
+            "filesystem", side.name, f"the two halves of the index are not the same: {error}"
+        ) from error
 
 
 def _check_metas(side: Side, folder: Path, report: Report) -> None:
@@ -409,18 +451,23 @@ def _listing(side: Side, folder: Path) -> Listing:
                 return of_image(image.open(side.tree, backend))
             finally:
                 backend.close()
-        assert side.oci is not None
-        overlay = Overlay(_kept)
-        pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
-        for number, (layer, diff_id) in enumerate(pairs, 1):
-            stream = side.reader.blob(layer.digest, layer.size)
-            try:
-                overlay.apply(stream, diff_id, f"layer {number} of {side.place}")
-            finally:
-                stream.close()
-        return overlay.listing()
+        return _layers(side)
     except NydusError as error:
         raise CheckError("filesystem", side.name, error) from error
+
+
+def _layers(side: Side) -> Listing:
+    """The files of an ordinary image."""
+    assert side.oci is not None
+    overlay = Overlay(_kept)
+    pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
+    for number, (layer, diff_id) in enumerate(pairs, 1):
+        stream = side.reader.blob(layer.digest, layer.size)
+        try:
+            overlay.apply(stream, diff_id, f"layer {number} of {side.place}")
+        finally:
+            stream.close()
+    return overlay.listing()
 
 
 def _kept(name: str, value: bytes) -> bool:
