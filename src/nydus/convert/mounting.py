@@ -34,6 +34,7 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
         "host": reference.endpoint,
         "repo": reference.repository,
         "skip_verify": place.insecure,
+        "ca_cert_files": list(place.certificates.ca),
         "timeout": 30,
         "connect_timeout": 5,
     }

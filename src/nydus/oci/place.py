@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nydus.oci.auth import Credentials, docker_credentials
+from nydus.oci.certificates import Certificates, certificates
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import Reference
 from nydus.oci.transport import Policy
@@ -91,6 +92,7 @@ class RegistryPlace:
     credentials: Credentials | None = None
     proxy: str = ""
     policy: Policy | None = None
+    certificates: Certificates = field(default_factory=Certificates)
 
     @property
     def target(self) -> str:
@@ -110,6 +112,8 @@ class RegistryPlace:
             self.reference.endpoint,
             plain_http=self.plain_http,
             skip_verify=self.insecure,
+            ca_certs=self.certificates.ca,
+            client_certs=self.certificates.client,
             credentials=self.credentials,
             proxy=self.proxy,
             policy=self.policy,
@@ -169,14 +173,15 @@ SinkPlace = RegistryPlace | LayoutPlace
 def registry_place(
     reference: Reference, *, plain_http: bool = False, insecure: bool = False
 ) -> RegistryPlace:
-    """An image in a registry, with the credentials and proxy that this user has for it.
+    """An image in a registry, with the credentials, certificates and proxy that this user has for it.
 
     Raises:
-        ConfigError: Docker's config file or a credential helper is broken.
+        ConfigError: Docker's config file, a credential helper or a folder of certificates is broken.
     """
     credentials = docker_credentials(reference.host)
     proxy = _proxy("http" if plain_http else "https", reference.endpoint)
-    return RegistryPlace(reference, plain_http, insecure, credentials, proxy)
+    tls = Certificates() if plain_http else certificates(reference.endpoint)
+    return RegistryPlace(reference, plain_http, insecure, credentials, proxy, certificates=tls)
 
 
 def _proxy(scheme: str, host: str) -> str:

@@ -55,6 +55,7 @@ class Registry:
         plain_http: speak http instead of https; never chosen by itself.
         skip_verify: accept any TLS certificate.
         ca_certs: PEM files trusted besides those of the system.
+        client_certs: PEM files (certificate, key) to show to a registry that asks who we are.
         credentials: user and password, or :class:`~nydus.oci.auth.Credentials`; None is anonymous.
         policy: time limits and retries.
         proxy: URL of an HTTP proxy, or "".
@@ -69,6 +70,7 @@ class Registry:
         plain_http: bool = False,
         skip_verify: bool = False,
         ca_certs: Iterable[str] = (),
+        client_certs: Iterable[tuple[str, str]] = (),
         credentials: Credentials | tuple[str, str] | None = None,
         policy: Policy | None = None,
         proxy: str = "",
@@ -85,6 +87,7 @@ class Registry:
             plain_http=plain_http,
             skip_verify=skip_verify,
             ca_certs=tuple(ca_certs),
+            client_certs=tuple(client_certs),
             credentials=credentials,
             policy=policy,
             proxy=proxy,

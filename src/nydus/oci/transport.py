@@ -70,6 +70,7 @@ class Transport:
         plain_http: speak http. There is no other way to make it do so.
         skip_verify: accept any TLS certificate.
         ca_certs: PEM files trusted besides those of the system.
+        client_certs: PEM files (certificate, key) to show to a registry that asks who we are.
         credentials: sent only to ``host`` and its token server, and only when asked for.
         proxy: URL of an HTTP proxy, or "".
         headers: sent along with every request to ``host``.
@@ -82,6 +83,7 @@ class Transport:
         plain_http: bool = False,
         skip_verify: bool = False,
         ca_certs: Iterable[str] = (),
+        client_certs: Iterable[tuple[str, str]] = (),
         credentials: Credentials | None = None,
         policy: Policy | None = None,
         proxy: str = "",
@@ -94,7 +96,7 @@ class Transport:
         self.plain_http = plain_http
         options: dict[str, object] = {"num_pools": 16, "maxsize": 32, "retries": False}
         if not plain_http or skip_verify or ca_certs:
-            options["ssl_context"] = _tls(skip_verify, ca_certs)
+            options["ssl_context"] = _tls(skip_verify, ca_certs, client_certs)
         if skip_verify:
             options["assert_hostname"] = False
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # it was asked for
@@ -227,10 +229,13 @@ class Transport:
             sent = self._authorizer.header(scope) if self.at_home(url) else None
             signed = {**(headers or {}), **({"Authorization": sent} if sent else {})}
             response = self.send(method, url, signed, body, read_timeout=read_timeout, streaming=streaming)
-            if response.status == 401 and refused < 2 and not streaming and self.at_home(url):
+            if response.status == 401 and refused < 2 and self.at_home(url):
                 challenges = parse_challenges(response.headers.getlist("WWW-Authenticate"))
                 refused += 1
                 if self._authorizer.challenged(challenges, scope, sent):
+                    if streaming:  # whoever makes the body may try again, with a new token
+                        error = self.refusal(response, method, url)
+                        raise BackendError(str(error), status=401)
                     self.discard(response)
                     continue
             if response.status not in ok:
@@ -384,13 +389,23 @@ def _retry_after(value: str) -> float:
         return 0.0
 
 
-def _tls(skip_verify: bool, ca_certs: Iterable[str]) -> ssl.SSLContext:
+def _tls(
+    skip_verify: bool, ca_certs: Iterable[str], client_certs: Iterable[tuple[str, str]]
+) -> ssl.SSLContext:
     context = ssl.create_default_context()
     for path in ca_certs:
         try:
             context.load_verify_locations(cafile=path)
         except (OSError, ssl.SSLError) as error:
             raise BackendError(f"{path}: not a usable CA certificate: {error}", permanent=True) from error
+    for certificate, key in client_certs:
+        try:
+            # Without the function OpenSSL would ask for the password of a key on the terminal.
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except (OSError, ssl.SSLError) as error:
+            raise BackendError(
+                f"{certificate}: not a usable client certificate: {error}", permanent=True
+            ) from error
     if skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
