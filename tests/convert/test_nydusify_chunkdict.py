@@ -98,6 +98,19 @@ def test_later_conversions_refer_to_it(
     (tmp_path / "check").mkdir()
     check(place(target), None, host_platform(), tmp_path / "check")
 
+    # The third image has a file of its own, and two that the dictionary knows.
+    third = push(server, "three", "be", "c")
+    alone = convert(nydusify, third, f"{server.host}/three:alone", "--fs-version", version)
+    shared = convert(
+        *(nydusify, third, f"{server.host}/three:shared", "--fs-version", version),
+        *("--chunk-dict", f"bootstrap:registry:{target}"),
+    )
+    own = [sum(layer.size for layer in each.found.manifest.layers[:2]) for each in (alone, shared)]
+    assert own[0] - own[1] > 590_000, "two of its three files are not stored again"
+    listed = {layer.digest for layer in shared.found.manifest.layers}
+    assert {f"sha256:{blob.id}" for blob in shared.tree.blobs} <= listed
+    check(place(f"{server.host}/three:shared"), place(third), host_platform(), tmp_path / "check")
+
     output = tmp_path / "cwd" / "output"
     report = json.loads((output / "nydus_bootstrap_output.json").read_text())
     assert report["chunks"] == 2 and report["stored"] - report["needed"] >= 600_000
