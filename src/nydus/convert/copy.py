@@ -19,6 +19,8 @@ from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace
 
 _PIECE = 1 << 20
 _AT_ONCE = 4
+_ATTEMPTS = 3
+_PAUSE = 1.0
 
 
 @dataclass(slots=True)
@@ -113,6 +115,25 @@ def copy_blobs(
             raise
 
 
+def _send(
+    reader: Source, writer: Sink, state: LayerProgress, progress: Progress, stopped: threading.Event
+) -> None:
+    state.state, state.downloaded = "converting", 0
+    stream = reader.blob(state.digest, state.size)
+    try:
+        with writer.upload() as upload:
+            while piece := stream.read(_PIECE):
+                if stopped.is_set():
+                    raise BackendError("stopped", permanent=True)
+                upload.write(piece)
+                state.downloaded += len(piece)
+                state.built, state.uploaded = state.downloaded, upload.sent
+                progress.changed(state)
+            upload.commit(state.digest)
+    finally:
+        stream.close()
+
+
 def copy_blob(
     reader: Source,
     writer: Sink,
@@ -121,25 +142,21 @@ def copy_blob(
     progress: Progress | None = None,
     stopped: threading.Event | None = None,
 ) -> int:
-    """Copies one blob unless the target has it, or can link it from ``repository``; returns bytes sent."""
-    progress = progress or Silent()
+    """Copies one blob unless the target has it, or can link it from ``repository``; returns bytes sent.
+
+    A blob whose way is interrupted is copied again, a few times.
+    """
+    progress, stopped = progress or Silent(), stopped or threading.Event()
     if writer.has_blob(state.digest) or (repository and writer.mount_blob(state.digest, repository)):
         sent = 0
     else:
-        stream = reader.blob(state.digest, state.size)
-        state.state = "converting"
-        try:
-            with writer.upload() as upload:
-                while piece := stream.read(_PIECE):
-                    if stopped is not None and stopped.is_set():
-                        raise BackendError("stopped", permanent=True)
-                    upload.write(piece)
-                    state.downloaded += len(piece)
-                    state.built, state.uploaded = state.downloaded, upload.sent
-                    progress.changed(state)
-                upload.commit(state.digest)
-        finally:
-            stream.close()
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                _send(reader, writer, state, progress, stopped)
+                break
+            except BackendError as error:
+                if error.permanent or attempt == _ATTEMPTS or stopped.wait(_PAUSE * attempt):
+                    raise
         sent = state.size
     state.state, state.downloaded, state.built, state.uploaded = "done", state.size, state.size, sent
     progress.changed(state)
