@@ -218,8 +218,8 @@ class Unreliable:
 
     def __call__(self, handler: FaultyHandler) -> bool:
         key = f"{handler.command} {handler.path.partition('?')[0]}"
-        if handler.command in ("POST", "PATCH"):
-            key = handler.command  # once is enough: each has an address of its own
+        if "/uploads/" in key:
+            key = handler.command  # each upload has an address of its own
         if key in self._known:
             return False
         self._known.add(key)
