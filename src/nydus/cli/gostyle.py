@@ -34,7 +34,7 @@ class GoGroup(LazyGroup):
     """A group whose options are read in Go's way; without a command it prints its help."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help())
             ctx.exit(0)
         return super().parse_args(ctx, normalise(self, args))
@@ -42,7 +42,7 @@ class GoGroup(LazyGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if self.get_command(ctx, args[0]) is None:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             click.echo(f"No help topic for '{args[0]}'", err=True)
             ctx.exit(3)
         return super().resolve_command(ctx, args)
@@ -118,6 +118,19 @@ def number(text: str) -> int:
         return int(text, 0)
     except ValueError:
         raise ConfigError(f"{text!r} is not a number") from None
+
+
+def byte_size(text: str) -> int:
+    """Bytes of a size such as ``5MB`` (decimal) or ``4MiB`` (binary); a plain number is bytes.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise ConfigError(f"{text!r} is not a size such as 5MB or 4MiB")
+    power = " kmgt".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def run(command: click.Command, name: str) -> NoReturn:

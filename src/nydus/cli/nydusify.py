@@ -18,6 +18,10 @@ from nydus.errors import ConfigError
         "check": ("nydus.cli.nydusify_check:check", "Check a Nydus image, and compare it with its source."),
         "chunkdict": ("nydus.cli.nydusify_chunkdict:chunkdict", "Make chunk dictionaries."),
         "commit": ("nydus.cli.nydusify_commit:commit", "Make an image of a running container."),
+        "completion": (
+            "nydus.cli.nydusify_completion:completion",
+            "Print a script that completes command lines.",
+        ),
         "convert": ("nydus.cli.nydusify_convert:convert", "Convert an image to a Nydus image."),
         "copy": ("nydus.cli.nydusify_copy:copy", "Copy an image as it is."),
         "info": (
