@@ -139,6 +139,26 @@ def test_requests_are_signed_with_the_given_key(server: ObjectStoreServer) -> No
     assert caught.value.permanent and caught.value.status == 403
 
 
+def test_words(server: ObjectStoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys may also come from where the providers' tools look for them."""
+    name = digest_of(SMALL).partition(":")[2]
+    server.objects[f"images/nydus/{name}"] = SMALL
+    config = server.config()
+    with closing(backends.create("s3", {**config, "endpoint": "127.0.0.1:1"})) as store:
+        with pytest.raises(BackendError, match=f"s3 bucket images: nydus/{name}: .*Connection refused"):
+            store.size(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    del config["access_key_id"], config["access_key_secret"]
+    with closing(backends.create("s3", config)) as store:
+        with pytest.raises(BackendError, match="credential") as caught:
+            store.size(name)
+        assert caught.value.permanent
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with closing(backends.create("s3", config)) as store:
+        assert store.size(name) == len(SMALL)
+
+
 def test_an_upload_that_is_refused(server: ObjectStoreServer) -> None:
     server.fault = fail(403)
     with closing(store_of(server)) as store:

@@ -86,10 +86,9 @@ class ObjectStore(MeteredBackend):
             raise self._error(what, error) from None
 
     def _error(self, what: str, error: Exception) -> BackendError:
-        head = _head(error)
         names = {"NotFound": 404, "PermissionDenied": 403, "RateLimited": 429}
-        status = names.get(type(error).__name__)
-        return BackendError(f"{self}: {what}: {head}", permanent="(temporary)" not in head, status=status)
+        status, temporary = names.get(type(error).__name__), "(temporary)" in str(error).partition("\n")[0]
+        return BackendError(f"{self}: {what}: {_head(error)}", permanent=not temporary, status=status)
 
     def path(self, name: str) -> str:
         """The key of the object with this name."""
@@ -272,6 +271,11 @@ def _is_address(endpoint: str) -> bool:
 
 
 def _head(error: Exception) -> str:
-    """What went wrong, without the traces that OpenDAL adds."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What went wrong, in OpenDAL's words, without the traces that it adds."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    kind, _, message = lines[0].partition(" => ")
+    words = [kind.partition(" (")[0]] if not kind.startswith("Unexpected") else []
+    words += [message] if message else []
+    if "Source:" in lines[:-1]:
+        words.append(lines[lines.index("Source:") + 1].strip())
+    return ": ".join(words)
