@@ -97,6 +97,7 @@ def test_options_from_the_environment_are_told(nydusify: Nydusify, source: str) 
         (["--source", "a", "--target", "b", "--prefetch-dir", "etc"], "is not absolute"),
         (["--source", "a", "--target", "b", "--platform", "amd64"], "is not os/architecture"),
         (["--source", "a", "--target", "b", "--push-retry-delay", "soon"], "is not a duration"),
+        (["--source", "a", "--target", "b", "--push-chunk-size", "much"], "'much' is not a size"),
         (["--source", "a", "--target", "b", "--plain-http=perhaps"], "neither true nor false"),
         (["--source", f"a@sha256:{'0' * 64}", "--target-suffix", "-n"], "cannot be used with a digest"),
         (["--source", "a", "--target", "b", "--target-archive", "no/dir/x.tar"], "its folder does not exist"),
@@ -231,6 +232,14 @@ def test_between_skopeo_and_docker_registry(
     assert done.returncode == 0, done.stderr
     # skopeo checks every digest on its way
     skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{target}", f"dir:{tmp_path}/dir")
+    done = nydusify(
+        "copy", "--source", target, "--target", f"{docker_registry}/chunked:v1", "--plain-http",
+        "--push-chunk-size", "7kB",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    skopeo(
+        "copy", "-q", "--src-tls-verify=false", f"docker://{docker_registry}/chunked:v1", f"dir:{tmp_path}/d"
+    )
     found = json.loads(skopeo("inspect", "--tls-verify=false", f"docker://{target}"))
     assert len(found["Layers"]) == 4 and found["Architecture"] == "amd64"
     done = nydusify(

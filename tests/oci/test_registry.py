@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +56,83 @@ def test_an_upload_of_unknown_length_is_streamed(repository: Repository, server:
         upload.commit(model.digest(LARGE))
     assert repository.blob(model.digest(LARGE)).read() == LARGE
     assert [method for method, *_ in server.seen if method != "GET"] == ["POST", "PATCH", "PUT"]
+
+
+def spans(server: FaultyRegistry) -> list[str]:
+    return [headers["Content-Range"] for method, _, headers in server.seen if method == "PATCH"]
+
+
+def chunked(server: FaultyRegistry, data: bytes, chunk_size: int) -> None:
+    """Uploads in chunks, in pieces of another size, and reads it back."""
+    with Registry(server.host, plain_http=True, policy=QUICK, push_chunk_size=chunk_size) as registry:
+        repository = registry.repository("demo/chunked")
+        with repository.upload() as upload:
+            for start in range(0, len(data), 300_000):
+                upload.write(data[start : start + 300_000])
+            upload.commit(model.digest(data))
+        assert upload.sent == len(data)
+        assert repository.blob(model.digest(data)).read() == data
+
+
+def test_an_upload_in_chunks(server: FaultyRegistry) -> None:
+    chunked(server, LARGE[:5_500_000], 2_000_000)
+    assert spans(server) == ["0-1999999", "2000000-3999999", "4000000-5499999"]
+
+
+def test_a_registry_says_how_small_chunks_may_be(server: FaultyRegistry) -> None:
+    def ask_for_more(handler: FaultyHandler) -> bool:
+        if handler.command == "POST":
+            start = handler._start
+            handler._start = lambda code, size, more: start(  # type: ignore[method-assign]
+                code, size, {**more, "OCI-Chunk-Min-Length": "3000000"}
+            )
+        return False
+
+    server.intercepts.append(ask_for_more)
+    chunked(server, LARGE[:5_500_000], 1_000_000)
+    assert spans(server) == ["0-2999999", "3000000-5499999"]
+
+
+def take_and_hang_up(count: int) -> Callable[[FaultyHandler], None]:
+    """Stores the first bytes of a request, then breaks the connection."""
+
+    def answer(handler: FaultyHandler) -> None:
+        session = handler.registry.store.sessions[handler.path.rpartition("/")[2]]
+        session.add(handler.rfile.read(count))
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        hang_up(handler)
+
+    return answer
+
+
+@pytest.mark.parametrize("stored", [0, 500_000, 2_000_000])
+def test_an_interrupted_upload_goes_on_where_it_broke(server: FaultyRegistry, stored: int) -> None:
+    def second(handler: FaultyHandler) -> bool:
+        return handler.headers.get("Content-Range", "").startswith("2000000-")
+
+    server.intercepts.append(Times(1, second, take_and_hang_up(stored)))
+    chunked(server, LARGE[:5_500_000], 2_000_000)
+    again = [] if stored == 2_000_000 else [f"{2_000_000 + stored}-3999999"]
+    assert spans(server) == ["0-1999999", "2000000-3999999", *again, "4000000-5499999"]
+    assert len(server.paths("POST")) == 1
+
+
+def test_an_answer_that_was_lost_and_a_busy_registry(server: FaultyRegistry) -> None:
+    server.intercepts.append(Times(2, lambda h: h.command == "PATCH", status(503, Retry_After="0")))
+    chunked(server, LARGE[:5_500_000], 2_000_000)
+    assert len(spans(server)) == 5
+
+
+def test_a_registry_that_forgot_an_upload(server: FaultyRegistry) -> None:
+    def forget(handler: FaultyHandler) -> None:
+        handler.registry.store.sessions.clear()
+        status(502)(handler)
+
+    server.intercepts.append(
+        Times(1, lambda h: h.headers.get("Content-Range", "").startswith("2000000-"), forget)
+    )
+    with pytest.raises(BackendError, match="404 upload unknown"):
+        chunked(server, LARGE[:5_500_000], 2_000_000)
 
 
 def test_an_abandoned_upload_leaves_nothing(repository: Repository, server: FaultyRegistry) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, duration, given, number, option, tell_environment
+from nydus.cli.gostyle import GoCommand, byte_size, duration, given, number, option, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
@@ -86,6 +86,7 @@ _NOT_YET = (
 @option(
     "--output-json", env="OUTPUT_JSON", type=click.Path(dir_okay=False), help="Write sizes and times there."
 )
+@option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--push-retry-count", env="PUSH_RETRY_COUNT", default=3, help="How often a layer is tried. [3]")
 @option("--push-retry-delay", env="PUSH_RETRY_DELAY", default="5s", help="Wait between attempts. [5s]")
 @click.pass_context
@@ -156,7 +157,10 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     with progress_for(log) as progress:
         if not values["target_archive"]:
             place: SinkPlace = registry_place(
-                target, plain_http=values["plain_http"], insecure=values["target_insecure"]
+                target,
+                plain_http=values["plain_http"],
+                insecure=values["target_insecure"],
+                push_chunk_size=byte_size(values["push_chunk_size"]),
             )
             if values["reverse"]:
                 with _blobs(values) as blobs:

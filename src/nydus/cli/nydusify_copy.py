@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.gostyle import GoCommand, byte_size, option, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError
 
@@ -24,7 +24,7 @@ from nydus.errors import ConfigError
 @option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
 @option("--all-platforms", is_flag=True, help="Copy the images of all platforms.")
-@option("--push-chunk-size", default="0MB", hidden=True)
+@option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option(
     "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
 )
@@ -78,7 +78,10 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
                     write_archive(Layout(folder), path, name)
         else:
             target = registry_place(
-                parse(values["target"]), plain_http=plain, insecure=values["target_insecure"]
+                parse(values["target"]),
+                plain_http=plain,
+                insecure=values["target_insecure"],
+                push_chunk_size=byte_size(values["push_chunk_size"]),
             )
             copied = run(target)
     log.info(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.gostyle import GoCommand, byte_size, option, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError
 
@@ -32,7 +32,7 @@ _TOLD = 5
 @option("--source-backend-type", hidden=True)
 @option("--source-backend-config", hidden=True)
 @option("--source-backend-config-file", hidden=True)
-@option("--push-chunk-size", default="0MB", hidden=True)
+@option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--work-dir", env="WORK_DIR", default="./tmp", help="For the new blob until it is pushed. [./tmp]")
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
 @click.pass_context
@@ -55,7 +55,12 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     source = source_place(
         values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
     )
-    target = registry_place(parse(values["target"]), plain_http=plain, insecure=values["target_insecure"])
+    target = registry_place(
+        parse(values["target"]),
+        plain_http=plain,
+        insecure=values["target_insecure"],
+        push_chunk_size=byte_size(values["push_chunk_size"]),
+    )
     try:
         trace = Path(values["prefetch_files"]).read_bytes()
     except OSError as error:

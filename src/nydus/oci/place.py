@@ -84,6 +84,7 @@ class RegistryPlace:
     Args:
         plain_http, insecure: speak http; accept any TLS certificate.
         credentials: see :func:`registry_place`.
+        push_chunk_size: bytes of one request of an upload; 0 streams.
     """
 
     reference: Reference
@@ -93,6 +94,7 @@ class RegistryPlace:
     proxy: str = ""
     policy: Policy | None = None
     certificates: Certificates = field(default_factory=Certificates)
+    push_chunk_size: int = 0
 
     @property
     def target(self) -> str:
@@ -117,6 +119,7 @@ class RegistryPlace:
             credentials=self.credentials,
             proxy=self.proxy,
             policy=self.policy,
+            push_chunk_size=self.push_chunk_size,
         )
         return registry.repository(self.reference.repository)
 
@@ -171,7 +174,7 @@ SinkPlace = RegistryPlace | LayoutPlace
 
 
 def registry_place(
-    reference: Reference, *, plain_http: bool = False, insecure: bool = False
+    reference: Reference, *, plain_http: bool = False, insecure: bool = False, push_chunk_size: int = 0
 ) -> RegistryPlace:
     """An image in a registry, with the credentials, certificates and proxy that this user has for it.
 
@@ -181,7 +184,7 @@ def registry_place(
     credentials = docker_credentials(reference.host)
     proxy = _proxy("http" if plain_http else "https", reference.endpoint)
     tls = Certificates() if plain_http else certificates(reference.endpoint)
-    return RegistryPlace(reference, plain_http, insecure, credentials, proxy, certificates=tls)
+    return RegistryPlace(reference, plain_http, insecure, credentials, proxy, None, tls, push_chunk_size)
 
 
 def _proxy(scheme: str, host: str) -> str:

@@ -61,6 +61,7 @@ class Registry:
         proxy: URL of an HTTP proxy, or "".
         headers: sent along with every request to the registry itself.
         redirect_scheme, redirect_host: put in place of these parts of the addresses blobs are redirected to.
+        push_chunk_size: bytes of one request of an upload; 0 streams (see :class:`~nydus.oci.upload.Upload`).
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class Registry:
         headers: Mapping[str, str] | None = None,
         redirect_scheme: str = "",
         redirect_host: str = "",
+        push_chunk_size: int = 0,
     ) -> None:
         if isinstance(credentials, tuple):
             credentials = Credentials(*credentials)
         self.host = host
         self.redirect_scheme, self.redirect_host = redirect_scheme, redirect_host
+        self.push_chunk_size = push_chunk_size
         self.transport = Transport(
             host,
             plain_http=plain_http,
@@ -408,7 +411,7 @@ class Repository:
 
     def upload(self) -> Upload:
         """Begins an upload whose digest is known only at its end."""
-        return Upload(self)
+        return Upload(self, self.registry.push_chunk_size)
 
     def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor:
         """Stores a small blob unless it is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 from nydus.errors import BackendError
 
 if TYPE_CHECKING:
+    import urllib3
+
     from nydus.oci.registry import Repository
 
 #: A blob up to this size is sent in one request, which can be repeated if it fails.
@@ -19,6 +22,9 @@ _PIECES_WAITING = 16
 _STALL = 60.0
 #: A registry may need long to check the digest of a large blob.
 _COMMIT = 300.0
+#: However large a registry says that chunks must be: they are held in memory.
+_MAX_CHUNK = 64 << 20
+_RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,15})")
 
 
 class Upload:
@@ -33,12 +39,22 @@ class Upload:
     A large blob goes as one streamed request (what Docker does, so what every registry knows); it cannot be
     sent again from the middle, so a failure there is an error that the maker of the blob may retry.
 
+    With a chunk size it goes as one request for each chunk, which is held until the registry has it: one
+    that fails is repeated from where the registry says it got to. Proxies that limit the size of a request
+    need this, too.
+
+    Args:
+        chunk_size: bytes of one request; 0 streams. A registry that wants larger chunks gets them.
+
     Attributes:
         sent: bytes the connection has taken so far.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, chunk_size: int = 0) -> None:
         self._repository, self._transport = repository, repository.transport
+        self._chunk_size = chunk_size
+        self._whole = min(_WHOLE, chunk_size or _WHOLE)
+        self._position = 0
         self._held: list[bytes] = []
         self._size = 0
         self._location = ""
@@ -64,9 +80,9 @@ class Upload:
         """
         self._held.append(bytes(data))
         self._size += len(data)
-        if self._sender is None and self._size > _WHOLE:
+        if self._sender is None and self._size > self._whole:
             self._location = self._begin()
-            self._sender = threading.Thread(target=self._stream, name="upload", daemon=True)
+            self._sender = threading.Thread(target=self._send, name="upload", daemon=True)
             self._sender.start()
         if self._sender is not None:
             self._hand_over(_PIECE)
@@ -104,6 +120,9 @@ class Upload:
             headers = {"Content-Length": "0"}
             response = self._transport.request("POST", path, self._repository.push, headers, ok=(201, 202))
             self._transport.discard(response)
+            least = response.headers.get("OCI-Chunk-Min-Length", "")
+            if self._chunk_size and least.isascii() and least.isdigit():
+                self._chunk_size = max(self._chunk_size, min(int(least), _MAX_CHUNK))
             return self._transport.url(self._transport.base + path, response.headers.get("Location", ""))
 
         return self._transport.attempt(post)
@@ -127,34 +146,97 @@ class Upload:
                         return
                     raise self._failure or BackendError(f"{self._repository}: the upload stopped") from None
 
-    def _stream(self) -> None:
+    def _send(self) -> None:
         try:
-            headers = {"Content-Type": "application/octet-stream"}
-            response = self._transport.request(
-                "PATCH",
-                self._location,
-                self._repository.push,
-                headers,
-                self._pieces(),
-                ok=(201, 202, 204),
-                read_timeout=_STALL,
-                streaming=True,
-            )
-            self._transport.discard(response)
-            location = response.headers.get("Location", "")
-            if location:
-                self._location = self._transport.url(self._location, location)
+            if self._chunk_size:
+                self._send_chunks()
+            else:
+                self._patch(self._counted(), {}, streaming=True)
         except BackendError as error:
             self._failure = error
         except _Cancelled:
             pass
+
+    def _patch(self, body: bytes | Iterator[bytes], headers: dict[str, str], *, streaming: bool) -> None:
+        response = self._transport.request(
+            "PATCH",
+            self._location,
+            self._repository.push,
+            {"Content-Type": "application/octet-stream", **headers},
+            body,
+            ok=(201, 202, 204),
+            read_timeout=_STALL,
+            streaming=streaming,
+        )
+        self._moved(response)
+
+    def _moved(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Notes where the upload goes on, which may be another address after each request."""
+        self._transport.discard(response)
+        location = response.headers.get("Location", "")
+        if location:
+            self._location = self._transport.url(self._location, location)
+
+    def _send_chunks(self) -> None:
+        waiting = bytearray()
+        for piece in self._pieces():
+            waiting += piece
+            while len(waiting) >= self._chunk_size:
+                self._send_chunk(bytes(waiting[: self._chunk_size]))
+                del waiting[: self._chunk_size]
+        if waiting:
+            self._send_chunk(bytes(waiting))
+
+    def _send_chunk(self, data: bytes) -> None:
+        begin, end = self._position, self._position + len(data)
+        failed = False
+
+        def send() -> None:
+            nonlocal failed
+            if self._cancelled:
+                raise _Cancelled
+            if failed:
+                self._position = self._ask_position(begin, end)
+            if self._position == end:
+                return
+            body = data[self._position - begin :]
+            headers = {"Content-Length": str(len(body)), "Content-Range": f"{self._position}-{end - 1}"}
+            try:
+                self._patch(body, headers, streaming=False)
+            except BackendError as error:
+                failed = True
+                if error.status == 416:  # the answer to the request before got lost
+                    raise BackendError(str(error), status=416) from error
+                raise
+            self._position = end
+
+        self._transport.attempt(send)
+        self.sent = end
+
+    def _ask_position(self, begin: int, end: int) -> int:
+        """How much of the blob the registry has, after a request for ``begin`` to ``end`` has failed."""
+        response = self._transport.request("GET", self._location, self._repository.push, ok=(200, 202, 204))
+        self._moved(response)
+        match = _RANGE.fullmatch(response.headers.get("Range", ""))
+        # "0-0" is what registries say of an upload without any bytes.
+        stored = -1 if not match else 0 if match[1] == "0" else int(match[1]) + 1
+        if not begin <= stored <= end:
+            raise BackendError(
+                f"{self._repository}: an interrupted upload cannot go on: expected {begin} to {end} bytes"
+                f" there, the registry has {stored if match else 'none that it tells of'}"
+            )
+        return stored
+
+    def _counted(self) -> Iterator[bytes]:
+        for piece in self._pieces():
+            yield piece
+            self.sent += len(piece)
 
     def _pieces(self) -> Iterator[bytes]:
         while (piece := self._queue.get()) is not None:
             if self._cancelled:
                 break
             yield piece
-            self.sent += len(piece)
         if self._cancelled:
             raise _Cancelled  # breaks the connection, so that the registry sees no complete request
 
