@@ -40,7 +40,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     """
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.convert.backend import backend_place
-    from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+    from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
     from nydus.convert.mounting import backend_of, mounted
     from nydus.convert.select import select
 
@@ -63,12 +63,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     if image is None:
         raise NydusError(f"{place}: is not a Nydus image")
     log.info("pulling bootstrap", image=place)
-    layer = image.manifest.layers[-1]
-    stream = reader.blob(layer.digest, layer.size)
-    try:
-        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{place}: bootstrap layer")
-    finally:
-        stream.close()
+    files, _ = read_bootstrap_layer(reader, image.manifest.layers[-1], f"{place}: bootstrap layer")
     work_dir, mountpoint = Path(values["work_dir"]), Path(values["mount_path"])
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nydus.convert.backend import BackendPlace, blobs_of
-from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import Image, select
@@ -202,8 +202,7 @@ def _dump(side: Side, folder: Path, progress: Progress) -> None:
     layer = side.nydus.manifest.layers[-1]
     where = f"{side.place}: bootstrap layer"
     try:
-        with side.reader.blob(layer.digest, layer.size) as stream:  # type: ignore[attr-defined]
-            side.files, diff_id = unpack_bootstrap_layer(stream.read(-1), where)
+        side.files, diff_id = read_bootstrap_layer(side.reader, layer, where)
     except NydusError as error:
         raise CheckError("bootstrap", side.name, error) from error
     expected = side.nydus.config.rootfs.diff_ids[-1:]
@@ -219,8 +218,6 @@ def _dump(side: Side, folder: Path, progress: Progress) -> None:
         shutil.rmtree(target)
     for name, data in side.files.items():
         path = target / name
-        if ".." in Path(name).parts or path.is_absolute() != target.is_absolute():
-            raise CheckError("bootstrap", side.name, f"the bootstrap layer has a file {name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -13,9 +15,12 @@ from typing import Any
 import msgspec
 
 from nydus import __version__
+from nydus.build.stream import Window
+from nydus.build.tar import TarReader
 from nydus.errors import FormatError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Manifest
+from nydus.oci.place import Source
 
 #: Where the bootstrap lies in its layer; the snapshotter finds it there.
 BOOTSTRAP = "image/image.boot"
@@ -65,11 +70,30 @@ def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
     return bytes(header)
 
 
+def read_bootstrap_layer(source: Source, layer: Descriptor, where: str) -> tuple[dict[str, bytes], str]:
+    """Fetches the last layer of a Nydus image; see :func:`unpack_bootstrap_layer`.
+
+    Raises:
+        BackendError: it cannot be read, or its bytes are not what its digest says.
+        FormatError: it is not a bootstrap layer.
+    """
+    if layer.size > _MAX_BOOTSTRAP_LAYER:
+        raise FormatError("the bootstrap layer is larger than 1 GiB", where=where)
+    stream = source.blob(layer.digest, layer.size)
+    try:
+        data = stream.read(-1)
+    finally:
+        stream.close()
+    return unpack_bootstrap_layer(data, where)
+
+
 def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], str]:
     """The files of a bootstrap layer by their path in it, and its diff id.
 
+    Paths are relative, and none of them leads out of the layer.
+
     Raises:
-        FormatError: it is no tar (plain or gzip), or has no bootstrap.
+        FormatError: it is no tar (plain or gzip), has no bootstrap, or what does not belong there.
     """
     if data[:2] == b"\x1f\x8b":
         inflater = zlib.decompressobj(wbits=31)
@@ -80,12 +104,17 @@ def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], s
         if not inflater.eof:
             what = "is larger than 1 GiB" if inflater.unconsumed_tail else "is cut short"
             raise FormatError(f"the bootstrap layer {what}", where=where)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            files = {m.name.removeprefix("./"): archive.extractfile(m) for m in archive if m.isreg()}
-            contents = {name: file.read() for name, file in files.items() if file}
-    except tarfile.TarError as error:
-        raise FormatError(f"damaged bootstrap layer: {error}", where=where) from error
+    contents: dict[str, bytes] = {}
+    window = Window(iter((data,)), where)
+    for entry in TarReader(window):
+        if not stat.S_ISREG(entry.mode) or entry.hard_link:
+            continue
+        name = posixpath.normpath(entry.name.decode(errors="surrogateescape").lstrip("/"))
+        if name.split("/")[0] == "..":
+            raise FormatError("the bootstrap layer has a file outside of it", where=where, found=repr(name))
+        if entry.sparse is not None:  # a few bytes could say that they are terabytes
+            raise FormatError("the bootstrap layer has a sparse file", where=where, found=repr(name))
+        contents[name] = bytes(window.take(entry.size))
     if BOOTSTRAP not in contents:
         raise FormatError(f"the bootstrap layer has no {BOOTSTRAP}", where=where)
     return contents, model.digest(data)

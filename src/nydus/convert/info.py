@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.select import Image
 from nydus.oci import model
 from nydus.oci.place import Source
@@ -91,12 +91,8 @@ def _read_bootstrap(info: Info, found: Image, reader: Source) -> None:
 
     from nydus import rafs
 
-    layer = found.manifest.layers[-1]
-    stream = reader.blob(layer.digest, layer.size)
-    try:
-        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{info.reference}: bootstrap layer")
-    finally:
-        stream.close()
+    where = f"{info.reference}: bootstrap layer"
+    files, _ = read_bootstrap_layer(reader, found.manifest.layers[-1], where)
     tree = rafs.read(files[BOOTSTRAP], f"{info.reference}: {BOOTSTRAP}")
     nodes = tree.nodes
     owners = nodes[nodes["link"] == np.arange(len(nodes))]

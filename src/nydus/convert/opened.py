@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nydus.convert.copy import copy_blobs
-from nydus.convert.documents import BOOTSTRAP, bootstrap_layer, unpack_bootstrap_layer
+from nydus.convert.documents import BOOTSTRAP, bootstrap_layer, read_bootstrap_layer
 from nydus.convert.progress import Progress
 from nydus.convert.select import Image, select
 from nydus.errors import ConfigError, FormatError
@@ -143,11 +143,7 @@ def _open(place: SourcePlace, source: Source, found: Image) -> Opened:
     from nydus import rafs
 
     layer = found.manifest.layers[-1]
-    stream = source.blob(layer.digest, layer.size)
-    try:
-        files, diff_id = unpack_bootstrap_layer(stream.read(-1), f"{place}: bootstrap layer")
-    finally:
-        stream.close()
+    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer")
     diff_ids = found.config.rootfs.diff_ids
     if not diff_ids or diff_ids[-1] != diff_id:
         expected = diff_ids[-1] if diff_ids else "none"

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from nydus.convert.copy import copy_blob, linkable_repository
-from nydus.convert.documents import BOOTSTRAP, unpack_bootstrap_layer
+from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.image import Result
 from nydus.convert.opened import PREFETCH_BLOB, SourceBackend
 from nydus.convert.options import ConvertOptions
@@ -146,11 +146,7 @@ def _plan(found: Image, reader: Source, where: str, backend: Backend | None) -> 
     from nydus.build.merge import overlay
 
     *blobs, last = found.manifest.layers
-    stream = reader.blob(last.digest, last.size)
-    try:
-        files, _ = unpack_bootstrap_layer(stream.read(-1), f"{where}: bootstrap layer")
-    finally:
-        stream.close()
+    files, _ = read_bootstrap_layer(reader, last, f"{where}: bootstrap layer")
     tree = rafs.read(files[BOOTSTRAP], f"{where}: {BOOTSTRAP}")
     if tree.blobs and not blobs and backend is None:
         raise ConfigError(f"{where}: its blobs are in a storage backend; say which with --backend-type")

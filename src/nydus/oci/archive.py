@@ -40,13 +40,18 @@ class TarFiles:
             self._scan()
         except OSError as error:
             raise BackendError(f"{self.name}: {error.strerror or error}", permanent=True) from error
-        except (tarfile.TarError, EOFError) as error:
+        # What tarfile says of numbers that cannot be, and of headers upon headers.
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
             raise FormatError(f"not a readable tar archive: {error}", where=self.name) from error
 
     def _scan(self) -> None:
         links: dict[str, str] = {}
+        last = -1
         with tarfile.open(fileobj=self._file, mode="r:") as archive:
             for member in archive:
+                if member.offset <= last:  # a negative size leads back
+                    raise FormatError("the members of the tar archive overlap", where=self.name)
+                last = member.offset
                 name = os.path.normpath(member.name)
                 if member.isreg():
                     self._places[name] = (member.offset_data, member.size)
