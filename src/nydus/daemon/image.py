@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
 
 from nydus import rafs
+from nydus.daemon import metadata
 from nydus.daemon.config import DaemonConfig
-from nydus.errors import FormatError, NydusError
 from nydus.rafs import blobmeta
 from nydus.rafs.blobmeta import ChunkMap
-from nydus.rafs.model import BlobFeature, BlobInfo, Super, Tree
+from nydus.rafs.model import Array, BlobFeature, BlobInfo, Super, Tree
 from nydus.storage import backends
 from nydus.storage.backend import Backend
 
@@ -82,7 +81,7 @@ class Pool:
 class Image:
     """An image whose bootstrap was found good.
 
-    Only the head of the bootstrap is read here, so that a mount needs neither the backend nor a cache.
+    Only the head of a RAFS v6 bootstrap is read here, so that a mount needs neither the backend nor a cache.
 
     Raises:
         NydusError: the bootstrap cannot be read or is not RAFS, or the backend's configuration is wrong.
@@ -92,7 +91,8 @@ class Image:
         self.bootstrap, self.config = bootstrap, config
         self.work_dir = config.device.cache.work_dir
         self._pool = pool
-        self.head: Super = rafs.superblock(map_file(bootstrap), str(bootstrap))
+        self.metadata = metadata.load(bootstrap, self.work_dir)
+        self.head: Super = self.metadata.head
         backend = config.device.backend
         document = msgspec.json.encode((backend.type, backend.config), order="deterministic")
         self._backend_key = hashlib.sha256(document).hexdigest()
@@ -108,7 +108,7 @@ class Image:
         """Names the bytes of a blob: images with the same key share one cache and one file of blobfs."""
         info = self.blobs[blob]
         # Without blob.meta an image only knows the chunks it uses itself: nothing another one could share.
-        alone = str(self.bootstrap.resolve()) if self._without_meta(info) else ""
+        alone = str(self.metadata.path) if self._without_meta(info) else ""
         return f"{self._backend_key} {self.work_dir.resolve()} {info!r} {alone}"
 
     def device_size(self, blob: int) -> int:
@@ -152,9 +152,10 @@ class Image:
         cache = BlobCache(
             self.work_dir,
             info,
-            (lambda: self._chunks_from_tree(blob)) if self._without_meta(info) else None,
+            (lambda: self._chunks_without_meta(blob)) if self._without_meta(info) else None,
             backend,
             digests=lambda chunks: self._add_digests(chunks, blob),
+            own_places=self._places_are_ours,
             amplify=config.amplify_io,
             validate=config.device.cache.validate,
             # A RAFS blob whose metadata is inlined goes by the name of the bootstrap.
@@ -165,33 +166,26 @@ class Image:
 
     def tree(self) -> Tree:
         """The whole tree. Raises FormatError."""
-        return rafs.read(map_file(self.bootstrap), str(self.bootstrap))
+        tree = rafs.read(self.metadata.read(), str(self.bootstrap))
+        return replace(tree, blobs=self.blobs)
+
+    @property
+    def _places_are_ours(self) -> bool:
+        """Whether chunks lie elsewhere on the devices than the bootstrap says."""
+        return self.metadata.source.version == 5
 
     def _without_meta(self, blob: BlobInfo) -> bool:
-        return self.head.version == 5 or bool(blob.features & BlobFeature.TARFS)
+        return self._places_are_ours or bool(blob.features & BlobFeature.TARFS)
 
-    def _chunks_from_tree(self, blob: int) -> ChunkMap:
+    def _chunks_without_meta(self, blob: int) -> ChunkMap:
+        if self._places_are_ours and self.head.chunk_table[1]:
+            # All trees that we write have their chunks in a table.
+            return blobmeta.from_records(self.blobs[blob], self._records(), blob)
         return blobmeta.from_tree(self.tree(), blob)
 
     def _add_digests(self, chunks: ChunkMap, blob: int) -> None:
-        if self.head.version == 6 and self.head.chunk_table[1]:
-            where = str(self.bootstrap)
-            chunks.set_digests(rafs.v6.read_chunk_table(map_file(self.bootstrap), self.head, where), blob)
+        if self.head.chunk_table[1]:
+            chunks.set_digests(self._records(), blob)
 
-
-def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes. Raises FormatError where it is empty, NydusError where it cannot be read."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NydusError(f"{path}: cannot open the bootstrap: {error.strerror}") from None
-    try:
-        if os.fstat(fd).st_size == 0:
-            raise FormatError("the bootstrap is empty", where=str(path))
-        # The kernel will want all of it, and soon; ext4 complains when EROFS is the first to read a page.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    except OSError as error:
-        raise NydusError(f"{path}: cannot read the bootstrap: {error.strerror}") from None
-    finally:
-        os.close(fd)
+    def _records(self) -> Array:
+        return rafs.v6.read_chunk_table(self.metadata.read(), self.head, str(self.bootstrap))

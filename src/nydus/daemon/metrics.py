@@ -75,7 +75,7 @@ def inflight(daemon: Daemon) -> list[dict[str, int]] | None:
 
 def superblock(instance: Instance) -> dict[str, Any]:
     """What ``/api/v1/daemon/backend`` tells of an image."""
-    head = instance.image.head
+    head = instance.image.metadata.source
     forever = {"secs": 1 << 32, "nanos": 0}
     v6 = head.version == 6
     return {

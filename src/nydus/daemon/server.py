@@ -221,9 +221,10 @@ class Daemon:
         mountpoint = normal(mountpoint)
         with self._claim(mountpoint):
             self._check_place(mountpoint)
-            image = Image(Path(source), configs.parse(config_text), self.pool)
+            # Its name says which blob it belongs to: a successor must see the same one.
+            image = Image(Path(source).resolve(), configs.parse(config_text), self.pool)
             try:
-                instance = self._instance(mountpoint, image, source, config_text, prefetch_files)
+                instance = self._instance(mountpoint, image, config_text, prefetch_files)
                 try:
                     self._attach(instance)
                     instance.state.mounted = True
@@ -365,7 +366,7 @@ class Daemon:
             raise MountError(f"{self.options.mountpoint}: cannot mount: {error.strerror}") from error
 
     def _instance(
-        self, mountpoint: str, image: Image, source: str, config_text: str, prefetch: list[str] | None
+        self, mountpoint: str, image: Image, config_text: str, prefetch: list[str] | None
     ) -> Instance:
         choice = self._choose(image)
         path = str(self.options.mountpoint) + mountpoint.rstrip("/")
@@ -378,7 +379,7 @@ class Daemon:
                 number=self._next_number,
                 mountpoint=mountpoint,
                 path=path,
-                bootstrap=str(Path(source).resolve()),
+                bootstrap=str(image.bootstrap),
                 config=config_text,
                 prefetch_files=prefetch,
                 mounted_time=stamp,
@@ -390,14 +391,9 @@ class Daemon:
         return instance
 
     def _choose(self, image: Image) -> probe.Choice:
-        forced = self.options.provider
-        if image.head.version == 5:
-            if forced == "blobfs":
-                raise MountError(f"{image.bootstrap}: blobfs cannot mount RAFS v5, which is not EROFS")
-            return probe.Choice("fuse", "RAFS v5 metadata is not EROFS")
         try:
             os.makedirs(image.work_dir, exist_ok=True)
-            return probe.choose(image.work_dir, forced)
+            return probe.choose(image.work_dir, self.options.provider)
         except OSError as error:
             raise NydusError(f"{image.work_dir}: cannot use the cache directory: {error.strerror}") from error
 
@@ -444,7 +440,7 @@ class Daemon:
             os.close(mount)
 
     def _open_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
-        bootstrap = Path(instance.state.bootstrap)
+        bootstrap = instance.image.metadata.path
         try:
             return erofs.open_detached(bootstrap, devices)
         except MountError as error:
@@ -521,7 +517,11 @@ class Daemon:
             if state.mounted and state.provider != "fuse" and here is None:
                 self._gone(instance)
             elif not state.mounted and state.path not in paths:
-                if here is not None and here.kind == "erofs" and here.source == state.bootstrap:
+                if (
+                    here is not None
+                    and here.kind == "erofs"
+                    and here.source == str(instance.image.metadata.path)
+                ):
                     syscalls.detach(state.path)
                 self._remove_directories(state.mountpoint)
 

@@ -1,9 +1,8 @@
 """The provider that works everywhere: a whole file system in user space, by libfuse.
 
-It is for RAFS v5 (whose metadata is not EROFS), for kernels that cannot mount EROFS from files, and for
-users without the right to. Every ``stat`` and ``open`` comes to Python once, then the kernel keeps it. A
-library cannot take over a live descriptor: when its process dies so does the mount, and a successor makes a
-new one.
+It is for kernels that cannot mount EROFS from files, and for users without the right to. Every ``stat`` and
+``open`` comes to Python once, then the kernel keeps it. A library cannot take over a live descriptor: when
+its process dies so does the mount, and a successor makes a new one.
 """
 
 from __future__ import annotations

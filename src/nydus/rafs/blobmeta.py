@@ -129,6 +129,13 @@ class ChunkMap:
         start = int(row["dict_offset"])
         return self.dictionaries[start : start + int(row["dict_size"])]
 
+    def fingerprint(self) -> str:
+        """A name (16 hex digits) for what lies where on the device: equal tables have equal devices."""
+        digest = hashlib.sha256()
+        for column in (self.uoffset, self.usize, self.digests):
+            digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()[:16]
+
     def set_digests(self, chunks: Array, blob_index: int) -> None:
         """Take digests and checksums from chunk records (a tree's or :func:`nydus.rafs.v6.read_chunk_table`).
 
@@ -287,9 +294,13 @@ def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
     Raises:
         FormatError: chunks overlap, or lie outside of the blob.
     """
-    blob = tree.blobs[blob_index]
+    return from_records(tree.blobs[blob_index], tree.chunks, blob_index)
+
+
+def from_records(blob: BlobInfo, chunks: Array, blob_index: int) -> ChunkMap:
+    """Like :func:`from_tree`, from chunk records (:func:`nydus.rafs.v6.read_chunk_table`)."""
     where = blob.id
-    chunks = tree.chunks[tree.chunks["blob_index"] == blob_index]
+    chunks = chunks[chunks["blob_index"] == blob_index]
     count = int(chunks["index"].max()) + 1 if len(chunks) else 0
     if count > checks.MAX_CHUNKS:
         raise FormatError("the index of a chunk is too large", where=where, found=count - 1)

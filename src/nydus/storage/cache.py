@@ -56,6 +56,8 @@ class BlobCache:
             has no digests of its own, and its chunks cannot be verified without.
         amplify: a request is extended with following missing chunks up to this many stored bytes.
         validate: check the digest of a chunk on every read from the cache, not only the first time.
+        own_places: the table gives the chunks other places than the blob's author did. The files are named by
+            the table, too: those of the author's places must not be taken for them.
         meta_id: name of the blob that holds ``blob.meta``, where that is not said by ``blob`` itself.
         attempts: how often a read of the backend is tried.
         deadline: seconds after which no further attempt is started, and no reader waits any more. With a
@@ -75,6 +77,7 @@ class BlobCache:
         digests: Callable[[ChunkMap], None] | None = None,
         amplify: int = 1 << 20,
         validate: bool = False,
+        own_places: bool = False,
         meta_id: str = "",
         attempts: int = 3,
         deadline: float = 20.0,
@@ -88,6 +91,7 @@ class BlobCache:
         self._backend = backend
         self._amplify = min(amplify, _MAX_AMPLIFY)
         self._validate = validate
+        self._own_places = own_places
         self._meta_id = meta_id
         self._closing = threading.Event()
         self._patience = Patience(attempts, deadline, self._closing)
@@ -282,7 +286,7 @@ class BlobCache:
         opened = self._opened
         ready = len(opened.states) - opened.states.count(MISSING) if opened else 0
         return {
-            "underlying_files": [f"{self.blob.id}.blob.data"],
+            "underlying_files": [opened.store.path.name if opened else f"{self.blob.id}.blob.data"],
             "store_path": str(self.work_dir),
             "partial_hits": self._partial,
             "whole_hits": self._whole,
@@ -367,7 +371,14 @@ class BlobCache:
                 self._file("meta").unlink(missing_ok=True)
                 chunks, from_files = self._load_chunks(local)
                 self._digests(chunks)
-        opened = OpenBlob(self.work_dir, chunks, self.length, validate=self._validate, from_files=from_files)
+        opened = OpenBlob(
+            self.work_dir,
+            chunks,
+            self.length,
+            name=f"{self.blob.id}.{chunks.fingerprint()}" if self._own_places else self.blob.id,
+            validate=self._validate,
+            from_files=from_files,
+        )
         self._fetcher = Fetcher(
             self.blob.id,
             self._backend,

@@ -31,6 +31,7 @@ class OpenBlob:
         work_dir: cache directory.
         chunks: chunk table with all digests that are known.
         length: device length in bytes.
+        name: start of the names of the files.
         validate: chunks stay suspect after they were checked.
         from_files: the chunk table was found in the cache directory.
 
@@ -49,7 +50,7 @@ class OpenBlob:
     __slots__ = ("chunks", "decoder", "from_files", "placed", "starts", "states", "store", "wanted")
 
     def __init__(
-        self, work_dir: Path, chunks: ChunkMap, length: int, *, validate: bool, from_files: bool
+        self, work_dir: Path, chunks: ChunkMap, length: int, *, name: str, validate: bool, from_files: bool
     ) -> None:
         blob, count = chunks.blob, len(chunks)
         end = int(chunks.uoffset[-1]) + int(chunks.usize[-1]) if count else 0
@@ -65,7 +66,7 @@ class OpenBlob:
         if known.any() and not some:
             log.warning("blob %s has no chunk digests: its chunks are only checked for length", blob.id)
         self.wanted: npt.NDArray[np.bool_] = verifiable if some else known
-        self.store = Store(work_dir, f"{blob.id}.blob", count, max(end, blob.uncompressed_size), some)
+        self.store = Store(work_dir, f"{name}.blob", count, max(end, blob.uncompressed_size), some)
         states = np.frombuffer(self.store.initial, np.uint8)
         states = np.where(~verifiable & (states == SUSPECT), MISSING, states)
         if validate:
