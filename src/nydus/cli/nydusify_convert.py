@@ -7,13 +7,25 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, byte_size, duration, given, number, option, tell_environment
+from nydus.cli.gostyle import (
+    GoCommand,
+    byte_size,
+    duration,
+    given,
+    number,
+    option,
+    reporting,
+    tell_environment,
+)
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
+
+if TYPE_CHECKING:
+    from nydus.convert.image import Result
 
 #: Options of the reference that are not there yet: a conversion that would need one is refused.
 _NOT_YET = (
@@ -23,7 +35,7 @@ _NOT_YET = (
 
 
 @click.command(cls=GoCommand, short_help="Convert an image to a Nydus image.")
-@option("--source", env="SOURCE", required=True, help="Reference of the image to convert.")
+@option("--source", env="SOURCE", required=True, help="Reference, or containerd://NAMESPACE/REFERENCE.")
 @option("--target", env="TARGET", help="Reference to push the Nydus image to.")
 @option("--target-suffix", env="TARGET_SUFFIX", help="Push to the source reference with this appended.")
 @option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help="Read this tar file; pull nothing.")
@@ -89,6 +101,7 @@ _NOT_YET = (
 @option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--push-retry-count", env="PUSH_RETRY_COUNT", default=3, help="How often a layer is tried. [3]")
 @option("--push-retry-delay", env="PUSH_RETRY_DELAY", default="5s", help="Wait between attempts. [5s]")
+@reporting
 @click.pass_context
 def convert(ctx: click.Context, /, **given_options: Any) -> None:
     """Convert an image to a Nydus image.
@@ -111,6 +124,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     import tempfile
 
     from nydus.cli.progress import progress_for
+    from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
@@ -122,7 +136,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     for name in _NOT_YET:
         if values[name]:
             raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
-    reference = parse(values["source"])
+    stored = containerd_place(values["source"]) if values["source"].startswith(SCHEME) else None
+    reference = parse(stored.name if stored else values["source"])
     target = _target(values, reference)
     if given(ctx, "nydus_image"):
         log.warning("--nydus-image is not used: the builder is built in")
@@ -131,6 +146,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     source: SourcePlace
     if values["source_archive"]:
         source = ArchivePlace(Path(values["source_archive"]), name=str(reference))
+    elif stored:
+        source = stored
     else:
         source = registry_place(
             reference, plain_http=values["plain_http"], insecure=values["source_insecure"]
@@ -187,15 +204,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                         chunks = _dictionary(values)
                         result = image(source, layout, options, progress, platforms, None, backend, chunks)
                     write_archive(Layout(folder), archive, target)
-    seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
-    where = values["target_archive"] or str(target)
-    reused = sum(layer.reused for layer in result.layers)
-    layers = f"{len(result.layers)} layers" + (f" ({reused} of them before)" if reused else "")
-    log.info(
-        f"converted {layers}, {human(result.source_size)} to {human(result.target_size)}, in {seconds:.1f} s",
-        target=where,
-        digest=result.descriptor.digest,
-    )
+    _tell(log, result, values["target_archive"] or str(target))
     if output:
         figures = {
             "SourceImageSize": result.source_size,
@@ -205,6 +214,34 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             "TargetPushElapsed": int(result.push_seconds * 1e9),
         }
         _write(output, json.dumps(figures, separators=(",", ":")))
+
+
+def _tell(log: Log, result: Result, where: str) -> None:
+    """Says what came of it."""
+    seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
+    reused = sum(layer.reused for layer in result.layers)
+    text = f"converted {len(result.layers)} layers" + (f" ({reused} of them before)" if reused else "")
+    text += f", {human(result.source_size)} to {human(result.target_size)}, in {seconds:.1f} s"
+    if result.duplicates:
+        text += f"; {result.duplicates} chunks did not have to be stored again"
+    if result.start_size:
+        text += f"; containers start after {human(result.start_size)}"
+    document = {
+        "target": where,
+        "digest": result.descriptor.digest,
+        "source_size": result.source_size,
+        "target_size": result.target_size,
+        "start_size": result.start_size,
+        "duplicate_chunks": result.duplicates,
+        "layers": [
+            {"source": layer.digest, "source_size": layer.size, "size": layer.built, "reused": layer.reused}
+            for layer in result.layers
+        ],
+        "pull_seconds": round(result.pull_seconds, 3),
+        "convert_seconds": round(result.convert_seconds, 3),
+        "push_seconds": round(result.push_seconds, 3),
+    }
+    log.result(text, document, target=where, digest=result.descriptor.digest)
 
 
 def _backend(values: dict[str, Any]) -> Any:

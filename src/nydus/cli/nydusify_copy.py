@@ -14,8 +14,18 @@ from nydus.errors import ConfigError
 
 
 @click.command(cls=GoCommand, short_help="Copy an image as it is.")
-@option("--source", env="SOURCE", required=True, help="Reference, or file://<archive or layout folder>.")
-@option("--target", env="TARGET", required=True, help="Reference, or file://<archive>.")
+@option(
+    "--source",
+    env="SOURCE",
+    required=True,
+    help="Reference, file://<archive or layout folder>, or containerd://NAMESPACE/REFERENCE.",
+)
+@option(
+    "--target",
+    env="TARGET",
+    required=True,
+    help="Reference, file://<archive>, or containerd://NAMESPACE/REFERENCE.",
+)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
@@ -39,6 +49,7 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     from nydus.cli.nydusify_convert import work_dir
     from nydus.cli.nydusify_places import backend_config, one_platform, platforms, source_place
     from nydus.cli.progress import progress_for
+    from nydus.containerd.store import SCHEME, containerd_place, write_image
     from nydus.convert.backend import backend_place
     from nydus.convert.copy import Copied
     from nydus.convert.copy import copy as copy_image
@@ -67,7 +78,12 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         return copy_image(source, target, progress, chosen)
 
     with progress_for(log) as progress:
-        if values["target"].startswith("file://"):
+        if values["target"].startswith(SCHEME):
+            with work_dir(Path(values["work_dir"])) as base:
+                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
+                    copied = run(LayoutPlace(Path(folder)))
+                    write_image(Layout(folder), containerd_place(values["target"]))
+        elif values["target"].startswith("file://"):
             path = Path(values["target"].removeprefix("file://"))
             if not path.parent.is_dir():
                 raise ConfigError(f"--target {path}: its folder does not exist")

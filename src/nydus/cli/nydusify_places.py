@@ -18,7 +18,8 @@ def source_place(
 ) -> SourcePlace:
     """The image that ``--source``/``--target`` or the ``-archive`` option of the same name say.
 
-    An archive may be a tar file or the folder of an OCI layout.
+    An archive may be a tar file or the folder of an OCI layout; ``containerd://NAMESPACE/REFERENCE`` is an
+    image in containerd's content store.
 
     Raises:
         ConfigError: neither is given, or the reference is wrong.
@@ -34,6 +35,10 @@ def source_place(
         return LayoutPlace(path, name=name) if path.is_dir() else ArchivePlace(path, name=name)
     if not reference:
         raise ConfigError(f"--{option} or --{option}-archive is needed")
+    if reference.startswith("containerd://"):
+        from nydus.containerd.store import containerd_place
+
+        return containerd_place(reference)
     return registry_place(parse(reference), plain_http=plain_http, insecure=insecure)
 
 

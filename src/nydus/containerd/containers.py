@@ -117,7 +117,7 @@ class Containers:
         try:
             return self._call(self._tasks.Get, tasks_pb2.GetRequest(container_id=container_id)).process
         except ContainerdError as error:
-            if _code(error) == grpc.StatusCode.NOT_FOUND:
+            if missing(error):
                 return None
             raise
 
@@ -125,7 +125,7 @@ class Containers:
         try:
             answer = self._call(self._images.Get, images_pb2.GetImageRequest(name=image))
         except ContainerdError as error:
-            if _code(error) == grpc.StatusCode.NOT_FOUND:
+            if missing(error):
                 return ""
             raise
         return str(answer.image.target.digest)
@@ -145,5 +145,7 @@ class Containers:
             raise ContainerdError(f"containerd: {error.details()}") from error
 
 
-def _code(error: ContainerdError) -> Any:
-    return error.__cause__.code() if isinstance(error.__cause__, grpc.RpcError) else None
+def missing(error: ContainerdError) -> bool:
+    """Whether what was asked for is not there."""
+    cause = error.__cause__
+    return isinstance(cause, grpc.RpcError) and cause.code() == grpc.StatusCode.NOT_FOUND
