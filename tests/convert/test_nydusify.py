@@ -57,6 +57,27 @@ def test_a_conversion_says_what_scripts_look_for(nydusify: Nydusify, source: str
     assert sorted(p.name for p in (tmp_path / "cwd").iterdir()) == ["out.json"]
 
 
+def test_quiet_and_json(nydusify: Nydusify, source: str) -> None:
+    arguments = ["convert", "--source", source, "--plain-http", "--quiet"]
+    assert nydusify(*arguments, "--target-suffix=-a").stderr == ""
+    done = nydusify(*arguments, "--target-suffix=-b", "--json")
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["target"] == f"{source}-b" and found["source_size"] == 83630
+    assert 0 < found["start_size"] < found["target_size"]
+    assert [layer["reused"] for layer in found["layers"]] == [True] * 3
+    assert all(layer["size"] > 0 for layer in found["layers"])
+    name = source.rpartition(":")[0]
+    done = nydusify("copy", "--source", f"{source}-b", "--target", f"{name}:c", "--plain-http", "--json")
+    assert "copied 5 blobs" in done.stderr
+    assert json.loads(done.stdout)["digest"] == found["digest"]
+    done = nydusify("check", "--target", f"{source}-b", "--plain-http", "--no-mount", "-q", "--json")
+    assert done.stderr == "" and json.loads(done.stdout)["verified"]
+    done = nydusify("check", "--target", f"{name}:none", "--plain-http", "--no-mount", "-q", "--json")
+    assert done.returncode == 1
+    assert "manifest unknown" in done.stderr and "manifest unknown" in json.loads(done.stdout)["error"]
+
+
 def test_options_in_the_ways_of_go(nydusify: Nydusify, source: str) -> None:
     done = nydusify(
         "convert",

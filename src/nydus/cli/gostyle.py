@@ -80,6 +80,24 @@ def option(*names: str, env: str = "", help: str = "", **more: Any) -> Callable[
     return click.option(*names, envvar=env or None, show_envvar=bool(env), help=help, **more)
 
 
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the options about how its outcome is told; see :meth:`Log.result`."""
+
+    def hush(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Log).hush()
+
+    def as_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Log).as_json = True
+
+    flag: dict[str, Any] = {"is_flag": True, "expose_value": False}
+    quiet = click.option("--quiet", "-q", callback=hush, help="Say only what is wrong.", **flag)
+    printed = click.option("--json", callback=as_json, help="Print what came of it as JSON.", **flag)
+    found: Callable[..., Any] = quiet(printed(command))
+    return found
+
+
 def tell_environment(ctx: click.Context, log: Log) -> None:
     """Says which options came from the environment."""
     for parameter in ctx.command.params:
@@ -147,7 +165,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).fatal(error.format_message())
         sys.exit(1)
     except NydusError as error:
-        _current(log).fatal(str(error))
+        _current(log).failed(str(error))
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         _current(log).fatal("interrupted")

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 _LEVELS = {"panic": 0, "fatal": 1, "error": 2, "warn": 3, "warning": 3, "info": 4, "debug": 5, "trace": 6}
@@ -22,6 +23,9 @@ class Log:
     Args:
         level: the lowest level that is written, one of :data:`LEVELS`.
         stream: standard error if None.
+
+    Attributes:
+        as_json: the outcome is printed as JSON, see :meth:`result`.
     """
 
     def __init__(self, level: str = "info", stream: TextIO | None = None) -> None:
@@ -29,6 +33,11 @@ class Log:
         self.terminal = self.stream.isatty()
         self._level = _LEVELS[level]
         self._started = time.monotonic()
+        self.as_json = False
+
+    def hush(self) -> None:
+        """Write warnings and errors only."""
+        self._level = min(self._level, _LEVELS["warning"])
 
     def enabled(self, level: str) -> bool:
         return _LEVELS[level] <= self._level
@@ -59,6 +68,18 @@ class Log:
 
     def warning(self, message: str, **fields: object) -> None:
         self._log("warning", message, fields)
+
+    def result(self, message: str, document: Mapping[str, object], **fields: object) -> None:
+        """Says what came of a command: one line for people and, where asked for, JSON on standard output."""
+        self.info(message, **fields)
+        if self.as_json:
+            print(json.dumps(document), flush=True)
+
+    def failed(self, message: str) -> None:
+        """The same for a command that failed."""
+        self.fatal(message)
+        if self.as_json:
+            print(json.dumps({"error": message}), flush=True)
 
     def fatal(self, message: str, **fields: object) -> None:
         self._log("fatal", message, fields)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, number, option, tell_environment
+from nydus.cli.gostyle import GoCommand, given, number, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError
 
@@ -43,6 +43,7 @@ from nydus.errors import ConfigError
 @option("--compressor", env="COMPRESSOR", default="zstd", help="none, lz4_block or zstd. [zstd]")
 @option("--chunk-size", env="CHUNK_SIZE", default="0x100000", help="A power of two. [0x100000]")
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", help="Not used: the builder is built in.")
+@reporting
 @click.pass_context
 def build(ctx: click.Context, /, **values: Any) -> None:
     """Build an image from a directory.
@@ -98,8 +99,16 @@ def build(ctx: click.Context, /, **values: Any) -> None:
         log.info(f"compacted the parent's blobs to {len(made.compacted)} new ones")
     for name in made.pushed:
         log.info("pushed", object=name)
-    log.info(
+    log.result(
         f"successfully built Nydus image (bootstrap:'{made.bootstrap}', blob:'{made.blob or ''}')",
+        {
+            "bootstrap": str(made.bootstrap),
+            "blob": str(made.blob or ""),
+            "blob_id": made.result.blob_id,
+            "blob_size": made.result.blob_size,
+            "compacted": made.compacted,
+            "pushed": made.pushed,
+        },
         size=human(made.result.blob_size),
     )
 

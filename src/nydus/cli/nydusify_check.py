@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, option, tell_environment
+from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @option(
     "--nydusd", env="NYDUSD", default="nydusd", help="The daemon to mount with; default: the built-in one."
 )
+@reporting
 @click.pass_context
 def check(ctx: click.Context, /, **values: Any) -> None:
     """Check a Nydus image, and compare it with its source.
@@ -108,9 +109,10 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         counts = report.checks
         size = human(counts.get("blob bytes", 0))
         same = f"; the same as {report.source}" if report.source else ""
-        log.info(
+        log.result(
             f"verified {counts.get('manifest', 0)} layers, {counts.get('blobs', 0)} blobs ({size}), "
-            f"{counts.get('files', 0)} files{same}"
+            f"{counts.get('files', 0)} files{same}",
+            document,
         )
     except NydusError as error:
         document["error"] = str(error)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, GoGroup, option, tell_environment
+from nydus.cli.gostyle import GoCommand, GoGroup, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
@@ -38,6 +38,7 @@ def chunkdict() -> None:
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
 @option("--all-platforms", is_flag=True, help="Take the images of all platforms.")
 @option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
+@reporting
 @click.pass_context
 def generate(ctx: click.Context, /, **values: Any) -> None:
     """Make a dictionary of the chunks that at least two images have.
@@ -81,8 +82,17 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
         )
     if not made.chunks:
         log.warning("no two of the images share a chunk: the dictionary is empty")
-    log.info(
+    log.result(
         f"{made.chunks} chunks, {human(made.size)} in {len(made.blobs)} blobs are shared; the images store "
         f"{human(made.stored)}, of which {human(made.stored - made.needed)} are repetitions",
+        {
+            "chunks": made.chunks,
+            "size": made.size,
+            "blobs": len(made.blobs),
+            "stored": made.stored,
+            "needed": made.needed,
+            "target": str(target or ""),
+            "digest": made.descriptor.digest if made.descriptor else "",
+        },
         **({"target": target, "digest": made.descriptor.digest} if made.descriptor else {}),
     )

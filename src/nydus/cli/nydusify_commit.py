@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, option, tell_environment
+from nydus.cli.gostyle import GoCommand, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     "--work-dir", env="WORK_DIR", default="./tmp", help="For the new blobs until they are pushed. [./tmp]"
 )
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@reporting
 @click.pass_context
 def commit(ctx: click.Context, /, **values: Any) -> None:
     """Make an image of a running container: its image, with what it changed on top.
@@ -86,8 +87,19 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
             )
     for what, digest, size, known in made.layers:
         log.info(f"layer with {what}: {human(size)}, {known} chunks are in the image already", layer=digest)
-    log.info(
+    log.result(
         f"committed container {container.id[:12]}, which was held still for {made.paused:.2f} s",
+        {
+            "container": container.id,
+            "target": str(target),
+            "digest": made.descriptor.digest,
+            "layers": [
+                {"holds": what, "digest": digest, "size": size, "known_chunks": known}
+                for what, digest, size, known in made.layers
+            ],
+            "commits": made.commits,
+            "paused_seconds": made.paused,
+        },
         target=target,
         digest=made.descriptor.digest,
     )

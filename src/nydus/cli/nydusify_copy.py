@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, byte_size, option, tell_environment
+from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError
 
@@ -39,6 +39,7 @@ from nydus.errors import ConfigError
     "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
 )
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@reporting
 @click.pass_context
 def copy(ctx: click.Context, /, **values: Any) -> None:
     """Copy an image as it is; every digest stays.
@@ -100,8 +101,15 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
                 push_chunk_size=byte_size(values["push_chunk_size"]),
             )
             copied = run(target)
-    log.info(
+    log.result(
         f"copied {copied.blobs} blobs, sent {human(copied.sent)}, {human(copied.present)} were there",
+        {
+            "target": values["target"],
+            "digest": copied.descriptor.digest,
+            "blobs": copied.blobs,
+            "sent": copied.sent,
+            "present": copied.present,
+        },
         target=values["target"],
         digest=copied.descriptor.digest,
     )

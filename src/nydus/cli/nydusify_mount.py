@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, option, tell_environment
+from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment
 from nydus.cli.logs import Log
 from nydus.errors import ConfigError, NydusError
 
@@ -32,6 +32,7 @@ from nydus.errors import ConfigError, NydusError
 @option(
     "--nydusd", env="NYDUSD", default="nydusd", help="The daemon to mount with; default: the built-in one."
 )
+@reporting
 @click.pass_context
 def mount(ctx: click.Context, /, **values: Any) -> None:
     """Mount a Nydus image until interrupted.
@@ -88,7 +89,10 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
         with mounted(
             backend, bootstrap, mountpoint, folder / "fs", prefetch=values["prefetch"], nydusd=daemon
         ) as process:
-            log.info(f"mounted at {mountpoint}; Ctrl-C unmounts it")
+            log.result(
+                f"mounted at {mountpoint}; Ctrl-C unmounts it",
+                {"image": str(place), "mountpoint": str(mountpoint.absolute()), "pid": process.pid},
+            )
             while not stop.wait(0.2):
                 if process.poll() is not None:
                     raise NydusError(f"nydusd ended with status {process.returncode}")

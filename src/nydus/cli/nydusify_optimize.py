@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, byte_size, option, tell_environment
+from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError
 
@@ -35,6 +35,7 @@ _TOLD = 5
 @option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--work-dir", env="WORK_DIR", default="./tmp", help="For the new blob until it is pushed. [./tmp]")
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@reporting
 @click.pass_context
 def optimize(ctx: click.Context, /, **values: Any) -> None:
     """Put what a container reads first into a blob of its own.
@@ -81,9 +82,19 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         log.warning(f"{path} is not in the image")
     if len(made.missing) > _TOLD:
         log.warning(f"and {len(made.missing) - _TOLD} more are not")
-    log.info(
+    log.result(
         f"{made.files} files, {made.chunks} chunks, {human(made.size)} in the new blob {made.blob[:12]}; "
         f"copied {human(made.sent)} of the others",
+        {
+            "target": str(target),
+            "digest": made.descriptor.digest,
+            "blob": made.blob,
+            "size": made.size,
+            "files": made.files,
+            "chunks": made.chunks,
+            "missing": made.missing,
+            "sent": made.sent,
+        },
         target=target,
         digest=made.descriptor.digest,
     )

@@ -40,6 +40,7 @@ class Result:
     Attributes:
         descriptor: of what the target names now: a manifest, or an index of several.
         source_size, target_size: bytes of the configs and layers.
+        start_size: of these, what must be there before a container starts: configs and bootstraps.
         pull_seconds, convert_seconds, push_seconds: reading the documents; converting layers (which are
             downloaded and uploaded meanwhile); merging them and storing the documents.
         duplicates: chunks that were stored once instead of several times.
@@ -48,6 +49,7 @@ class Result:
     descriptor: Descriptor
     source_size: int = 0
     target_size: int = 0
+    start_size: int = 0
     pull_seconds: float = 0.0
     convert_seconds: float = 0.0
     push_seconds: float = 0.0
@@ -158,6 +160,7 @@ def image(
         descriptor,
         source_size=sum(found.size for found in images),
         target_size=sum(m.config.size + sum(layer.size for layer in m.layers) for m in manifests),
+        start_size=sum(m.config.size + m.layers[-1].size for m in manifests),
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,
         push_seconds=ended - converted,
