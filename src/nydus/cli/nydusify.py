@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from nydus import __version__
@@ -40,10 +42,21 @@ from nydus.errors import ConfigError
 @option("--debug", "-D", env="DEBUG_LOG_LEVEL", is_flag=True, help="Log at level debug.")
 @option("--log-level", "-l", env="LOG_LEVEL", type=click.Choice(LEVELS), default="info", help="What to log.")
 @option("--log-file", env="LOG_FILE", type=click.Path(dir_okay=False), help="Append log lines to this file.")
+@click.option(
+    "--hosts-dir",
+    envvar="NYDUSIFY_HOSTS_DIR",
+    show_envvar=True,
+    type=click.Path(file_okay=False),
+    help="Read images from mirrors, as the hosts.toml files below this directory say (containerd's form).",
+)
 @click.version_option(__version__, "--version", "-v", message="Version     : v%(version)s")
 @click.pass_context
-def nydusify(ctx: click.Context, debug: bool, log_level: str, log_file: str | None) -> None:
+def nydusify(
+    ctx: click.Context, debug: bool, log_level: str, log_file: str | None, hosts_dir: str | None
+) -> None:
     """Make, check and copy Nydus images."""
+    if hosts_dir:
+        os.environ["NYDUSIFY_HOSTS_DIR"] = hosts_dir
     stream = None
     if log_file:
         try:

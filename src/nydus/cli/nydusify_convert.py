@@ -123,6 +123,7 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
     import tempfile
 
+    from nydus.cli.nydusify_places import source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
@@ -149,7 +150,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     elif stored:
         source = stored
     else:
-        source = registry_place(
+        source = source_registry(
             reference, plain_http=values["plain_http"], insecure=values["source_insecure"]
         )
     options = ConvertOptions(

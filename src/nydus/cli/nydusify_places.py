@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from nydus.errors import ConfigError
 
 if TYPE_CHECKING:
     from nydus.oci.model import Platform
-    from nydus.oci.place import SourcePlace
+    from nydus.oci.place import RegistryPlace, SourcePlace
+    from nydus.oci.reference import Reference
 
 
 def source_place(
@@ -24,7 +26,7 @@ def source_place(
     Raises:
         ConfigError: neither is given, or the reference is wrong.
     """
-    from nydus.oci.place import ArchivePlace, LayoutPlace, registry_place
+    from nydus.oci.place import ArchivePlace, LayoutPlace
     from nydus.oci.reference import parse
 
     if reference and reference.startswith("file://"):
@@ -39,7 +41,47 @@ def source_place(
         from nydus.containerd.store import containerd_place
 
         return containerd_place(reference)
-    return registry_place(parse(reference), plain_http=plain_http, insecure=insecure)
+    return source_registry(parse(reference), plain_http=plain_http, insecure=insecure)
+
+
+#: Set by the option ``--hosts-dir``: directory of the ``hosts.toml`` files that say where to read images.
+HOSTS_DIR = "NYDUSIFY_HOSTS_DIR"
+
+
+def source_registry(reference: Reference, *, plain_http: bool, insecure: bool) -> RegistryPlace:
+    """An image in a registry, read from the mirrors that the user has for it.
+
+    Raises:
+        ConfigError: a ``hosts.toml`` is wrong.
+    """
+    from nydus.oci.mirrored import Host, MirroredPlace
+    from nydus.oci.place import registry_place
+
+    place = registry_place(reference, plain_http=plain_http, insecure=insecure)
+    folder = os.environ.get(HOSTS_DIR)
+    if not folder:
+        return place
+    from nydus.snapshotter import mirrors
+
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--hosts-dir {folder}: not a directory")
+    hosts = mirrors.load(Path(folder), reference.host)
+    if not (hosts.mirrors or hosts.server):
+        return place
+    scheme, _, server = hosts.server.partition("://")
+    itself = server in ("", reference.host, reference.endpoint)
+    return MirroredPlace(
+        place.reference,
+        place.plain_http or (itself and scheme == "http"),
+        place.insecure,
+        place.credentials,
+        place.proxy,
+        certificates=place.certificates,
+        mirrors=tuple(
+            Host(each.url, tuple(each.headers.items()), each.ca, each.skip_verify) for each in hosts.mirrors
+        ),
+        server=None if itself else Host(hosts.server),
+    )
 
 
 def backend_config(kind: str | None, text: str | None, file: str | None) -> tuple[str, dict[str, Any]] | None:

@@ -1,0 +1,101 @@
+"""Images read from the mirrors that ``hosts.toml`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulty import FaultyRegistry
+from nydusify_command import Nydusify
+
+from nydus.convert.copy import copy
+from nydus.oci.place import ArchivePlace, RegistryPlace
+from nydus.oci.reference import parse
+
+pytestmark = pytest.mark.vectors
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[FaultyRegistry]:
+    with FaultyRegistry(tmp_path / "mirror") as server:
+        yield server
+
+
+def hosts(tmp_path: Path, host: str, *urls: str, more: str = "") -> str:
+    folder = tmp_path / "hosts" / host
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = "".join(f'[host."{url}"]\ncapabilities = ["pull", "resolve"]\n{more}\n' for url in urls)
+    (folder / "hosts.toml").write_text(tables)
+    return str(tmp_path / "hosts")
+
+
+def test_the_mirror_is_read_and_the_registry_written(
+    server: FaultyRegistry,
+    mirror: FaultyRegistry,
+    source: str,
+    vectors: Path,
+    nydusify: Nydusify,
+    tmp_path: Path,
+) -> None:
+    copied = parse(source.replace(server.host, mirror.host))
+    copy(ArchivePlace(vectors / "oci/source.tar"), RegistryPlace(copied, plain_http=True))
+    folder = hosts(
+        tmp_path,
+        server.host,
+        "http://127.0.0.1:1",
+        f"http://{mirror.host}",
+        more='[host.header]\n"X-A" = "b"',
+    )
+    (tmp_path / "hosts" / server.host / "hosts.toml").write_text(
+        '[host."http://127.0.0.1:1"]\n'
+        f'[host."http://{mirror.host}"]\n[host."http://{mirror.host}".header]\nX-Wanted = "yes"\n'
+    )
+    target = f"{server.host}/small:nydus"
+    mirror.seen.clear()
+    done = nydusify(
+        *("--hosts-dir", folder, "convert", "--source", source, "--target", target, "--plain-http"),
+        *("--platform", "linux/amd64"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in server.paths("GET") if "manifests/latest" in path], (
+        "the registry is not asked"
+    )
+    assert len([path for path in mirror.paths("GET") if "/blobs/" in path]) >= 4
+    assert not mirror.paths("POST") and not mirror.paths("PUT")
+    assert all(headers.get("X-Wanted") == "yes" for _, _, headers in mirror.seen)
+    done = nydusify(
+        *("check", "--source", source, "--target", target, "--plain-http", "--no-mount"),
+        *("--platform", "linux/amd64"),
+        env={"NYDUSIFY_HOSTS_DIR": folder},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_mirror_lacks_comes_from_the_registry(
+    server: FaultyRegistry, mirror: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path
+) -> None:
+    folder = hosts(tmp_path, server.host, f"http://{mirror.host}")
+    done = nydusify("--hosts-dir", folder, "info", source, "--plain-http")
+    assert done.returncode == 0 and "an ordinary OCI image" in done.stdout, done.stderr
+    assert mirror.paths("GET")
+    mirror.intercepts.append(lambda handler: not handler.send_error(503))
+    done = nydusify("--hosts-dir", folder, "info", source, "--plain-http")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_server_takes_the_place_of_the_registry(
+    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path
+) -> None:
+    folder = hosts(tmp_path, "example.com")
+    (tmp_path / "hosts/example.com/hosts.toml").write_text(f'server = "http://{server.host}"\n')
+    done = nydusify("--hosts-dir", folder, "info", "example.com/small:latest")
+    assert done.returncode == 0 and "an ordinary OCI image" in done.stdout, done.stderr
+
+
+def test_wrong_files(source: str, nydusify: Nydusify, tmp_path: Path, server: FaultyRegistry) -> None:
+    folder = hosts(tmp_path, server.host, "ftp://example.com")
+    done = nydusify("--hosts-dir", folder, "info", source, "--plain-http")
+    assert done.returncode == 1 and "is not the URL of a registry" in done.stderr
+    done = nydusify("--hosts-dir", str(tmp_path / "no"), "info", source, "--plain-http")
+    assert done.returncode == 1 and "not a directory" in done.stderr
