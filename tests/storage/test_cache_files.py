@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from storage_blobs import Blob, FaultyBackend, corrupted, make_blob
 
+from nydus.errors import BackendError, NydusError
 from nydus.rafs import blobmeta, codec
 from nydus.rafs.blobmeta import ChunkMap
-from nydus.rafs.model import CHUNK
+from nydus.rafs.model import CHUNK, Compression
 from nydus.storage.cache import BlobCache
 from nydus.storage.flusher import Flusher
 from nydus.storage.store import CacheError, Store
@@ -389,6 +390,96 @@ def test_two_caches_in_one_directory(tmp_path: Path, blob: Blob) -> None:
     one.close()
     two.close()
     assert data_file(tmp_path, blob).read_bytes() == blob.image
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_lying_image_keeps_its_bytes_to_itself(tmp_path: Path, closed: bool) -> None:
+    """The same blob id, other digests and a registry that serves what fits them."""
+    good, evil = (make_blob(SIZES, kind=Compression.NONE, seed=seed) for seed in (1, 2))
+    assert good.info == evil.info
+    one, two = cache_of(tmp_path, good, FaultyBackend(good)), cache_of(tmp_path, evil, FaultyBackend(evil))
+    for cache, blob in ((two, evil), (one, good)) if closed else ((one, good), (two, evil)):
+        assert read(cache, 0, cache.length) == blob.image
+        cache.close() if closed else cache.flush()
+    one, two = (one, two) if not closed else (
+        cache_of(tmp_path, good, FaultyBackend(good)),
+        cache_of(tmp_path, evil, FaultyBackend(evil)),
+    )  # fmt: skip
+    for cache, blob in ((one, good), (two, evil)):
+        path = cache.verified_file()
+        assert path is not None
+        assert path.read_bytes() == blob.image
+        assert read(cache, 0, cache.length) == blob.image
+
+
+def test_chunks_checked_by_one_image_are_checked_for_another_that_knows_more(
+    tmp_path: Path, blob: Blob
+) -> None:
+    digests = blob.chunks.digests
+    assert digests is not None
+    blob.chunks.digests = digests.copy()
+    blob.chunks.digests[3] = 0
+    fill(tmp_path, blob)
+    offset, size = blob.ranges()[3]
+    blob.chunks.digests = digests.copy()
+    for _ in range(2):
+        backend = FaultyBackend(blob)
+        cache = cache_of(tmp_path, blob, backend)
+        assert not backend.requests
+        assert read(cache, offset, size) == blob.image[offset : offset + size]
+        cache.close()
+    # What the second one knew is known of the files now.
+    blob.chunks.digests = digests.copy()
+    blob.chunks.digests[3] ^= 1
+    other = cache_of(tmp_path, blob, FaultyBackend(blob), attempts=1)
+    with pytest.raises(BackendError):
+        read(other, offset, size)
+    assert data_file(tmp_path, blob).read_bytes() == blob.image
+
+
+def test_digests_that_came_later_are_known_to_other_processes(tmp_path: Path, blob: Blob) -> None:
+    digests = blob.chunks.digests
+    assert digests is not None
+    blob.chunks.digests = digests.copy()
+    blob.chunks.digests[3] = 0
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    read(cache, 0, 1)
+
+    def more(chunks: ChunkMap) -> None:
+        assert chunks.digests is None
+        chunks.digests = digests.copy()
+
+    cache.add_digests(more)
+    assert read(cache, 0, cache.length) == blob.image
+    evil = make_blob(SIZES)
+    assert evil.chunks.digests is not None
+    evil.chunks.digests[3] ^= 1
+    with pytest.raises(BackendError):
+        read(cache_of(tmp_path, evil, FaultyBackend(evil), attempts=1), *evil.ranges()[3])
+    assert data_file(tmp_path, blob).read_bytes() == blob.image
+
+
+def test_a_file_that_is_not_in_its_place_is_not_handed_out(tmp_path: Path, blob: Blob) -> None:
+    """Somebody emptied the directory and started over: under this name there are only zeros now."""
+    fill(tmp_path, blob)
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    assert cache.verified_file()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    cache_of(tmp_path, blob, FaultyBackend(blob)).verified_file()
+    assert data_file(tmp_path, blob).stat().st_blocks == 0
+    assert cache.verified_file() is None
+    assert read(cache, 0, cache.length) == blob.image
+
+
+@pytest.mark.parametrize("name", ["data", "data.chunk_map"])
+def test_a_link_in_the_directory_is_not_followed(tmp_path: Path, blob: Blob, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / f"{blob.info.id}.blob.{name}").symlink_to(victim)
+    with pytest.raises(NydusError):
+        read(cache_of(tmp_path, blob, FaultyBackend(blob)), 0, 1)
+    assert victim.read_bytes() == b"precious"
 
 
 _WORKER = """

@@ -193,7 +193,7 @@ class BlobCache:
         :meth:`verify`), or have nothing to be checked with.
         """
         opened = self._opened or self._open_local()
-        if opened is None or not opened.verified():
+        if opened is None or not opened.verified() or not opened.store.in_place():
             return None
         return opened.store.path
 
@@ -220,8 +220,9 @@ class BlobCache:
         that others are wanted, and would call itself complete and verified without them.
 
         Raises:
-            FormatError: the image is corrupt, or disagrees with another about a chunk. While the chunk table
-                has not been read yet this is only logged, later, and the digests are left out.
+            FormatError, CacheError: the image is corrupt, or disagrees with another about a chunk. While the
+                chunk table has not been read yet nobody knows; then all reads fail later. What cannot be
+                checked against what some image says of it is not given to any.
         """
         with self._lock:
             if self._opened is None or self._fetcher is None:
@@ -332,13 +333,10 @@ class BlobCache:
                 with self._lock:
                     if self._closing.is_set():
                         raise BackendError(f"blob {self.blob.id}: the cache is closed")
+                    for source in self._more_digests:
+                        opened.add_digests(source, lambda _row: False)
+                    self._more_digests.clear()
                     self._opened = opened
-                    waiting, self._more_digests = self._more_digests, []
-                    for source in waiting:
-                        try:
-                            opened.add_digests(source, lambda _row: False)
-                        except FormatError as error:
-                            log.error("%s", error)
             except NydusError as error:
                 opening.error = error
             except BaseException as error:

@@ -16,7 +16,7 @@ from nydus.errors import FormatError
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.storage.decode import Decoder
 from nydus.storage.fetch import Buffer
-from nydus.storage.store import MISSING, READY, SUSPECT, Store
+from nydus.storage.store import MISSING, PLACE, READY, SUSPECT, OtherBlob, Store
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,12 @@ class OpenBlob:
         if known.any() and not some:
             log.warning("blob %s has no chunk digests: its chunks are only checked for length", blob.id)
         self.wanted: npt.NDArray[np.bool_] = verifiable if some else known
-        self.store = Store(work_dir, f"{name}.blob", count, max(end, blob.uncompressed_size), some)
+        places, size = _places(chunks), max(end, blob.uncompressed_size)
+        try:
+            self.store = Store(work_dir, f"{name}.blob", places, size, some)
+        except OtherBlob as error:
+            log.warning("%s; this one gets files of its own", error)
+            self.store = Store(work_dir, f"{blob.id}.{chunks.fingerprint()}.blob", places, size, some)
         states = np.frombuffer(self.store.initial, np.uint8)
         states = np.where(~verifiable & (states == SUSPECT), MISSING, states)
         if validate:
@@ -100,6 +105,9 @@ class OpenBlob:
 
         Args:
             flying: whether a chunk is being fetched.
+
+        Raises:
+            FormatError, CacheError: the image cannot share these files.
         """
         chunks = self.chunks
         theirs = replace(chunks, digests=None, crc=chunks.crc.copy(), flags=chunks.flags.copy())
@@ -114,6 +122,8 @@ class OpenBlob:
             new[known] = False
         if not new.any():
             return
+        theirs.digests[~new] = 0
+        self.store.agree(_places(theirs))
         self.decoder.add_digests(theirs.digests, new)
         # What was placed, or is just being placed, without these digests has to be looked at again.
         for row in np.flatnonzero(new).tolist():
@@ -147,3 +157,11 @@ class OpenBlob:
                 parts.append(self.store.read(at, stop - at))
                 at = stop
         return parts if len(parts) <= _MAX_BUFFERS else [b"".join(parts)]
+
+
+def _places(chunks: ChunkMap) -> npt.NDArray[np.void]:
+    rows: npt.NDArray[np.void] = np.zeros(len(chunks), PLACE)
+    rows["start"], rows["size"] = chunks.uoffset, chunks.usize
+    if chunks.digests is not None:
+        rows["digest"] = np.ascontiguousarray(chunks.digests).view("V32")[:, 0]
+    return rows
