@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from nydus.daemon.image import Image
 from nydus.daemon.state import FileState
@@ -30,6 +30,14 @@ class _Device:
     key: str
     image: Image | None
     owner: int  # number of the instance whose bootstrap and configuration describe the blob
+    blob: int
+
+
+class Owner(NamedTuple):
+    """Blob number ``blob`` of the image of an instance."""
+
+    instance: int
+    image: Image
     blob: int
 
 
@@ -57,18 +65,20 @@ class Devices:
         self.next_node = 2
         self.blobfs: BlobFs | None = None
 
-    def adopt(self, device: int, mount: int, files: list[FileState], images: dict[int, Image]) -> None:
+    def adopt(
+        self, device: int, mount: int, files: list[FileState], owner: Callable[[FileState], Owner | None]
+    ) -> None:
         """Takes over a connection and its files, without serving yet.
 
         Args:
-            images: by instance number; files of other instances can only answer EIO.
+            owner: finds the image that describes a file; where there is none it can only answer EIO.
         """
         with self._lock:
             self._use(BlobFs(device, mount, threads=self._threads, on_change=self._on_change))
             for file in files:
-                image = images.get(file.instance)
-                if image is not None and file.blob < len(image.blobs):
-                    self._add(file.node, image, file.blob, file.instance, file.size, file.opens)
+                found = owner(file)
+                if found is not None:
+                    self._add(file.node, found.image, found.blob, found.instance, file.size, file.opens)
                 else:
                     assert self.blobfs is not None
                     source = _Unavailable(file.size)

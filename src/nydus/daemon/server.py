@@ -19,11 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from nydus.daemon import config as configs
-from nydus.daemon.devices import Devices
+from nydus.daemon.devices import Devices, Owner
 from nydus.daemon.image import Image, Pool
 from nydus.daemon.options import Options
 from nydus.daemon.prefetch import ImagePrefetch
-from nydus.daemon.state import InstanceState, State
+from nydus.daemon.state import FileState, InstanceState, State
 from nydus.errors import MountError, NydusError
 from nydus.mount import erofs, probe, syscalls, table
 
@@ -157,8 +157,9 @@ class Daemon:
                     continue
                 self._instances[saved.number] = Instance(saved, image, mount_id=self._mount_id(saved))
             if device is not None:
-                images = {number: instance.image for number, instance in self._instances.items()}
-                self.devices.adopt(device, -1 if mount is None else mount, state.files, images)
+                self.devices.adopt(device, -1 if mount is None else mount, state.files, self._owner)
+            for instance in self._instances.values():
+                _introduce(instance.image)
             for mountpoint, values in self._runtime.items():
                 self._apply(mountpoint, values)
             # Not reported: if this process dies now, its successor must find RUNNING if that is what it was.
@@ -289,6 +290,20 @@ class Daemon:
         return self._shared or bool(self.instances())
 
     # Inside
+
+    def _owner(self, file: FileState) -> Owner | None:
+        """Who describes a file to a successor: whoever did before, else another image that has it, too.
+
+        The bootstrap of an unmounted image may be gone while others still use its blobs.
+        """
+        users = [number for number, instance in self._instances.items() if file.node in instance.state.nodes]
+        for number in (file.instance, *users):
+            if number in self._instances:
+                image = self._instances[number].image
+                for blob, info in enumerate(image.blobs):
+                    if info.id == file.label:
+                        return Owner(number, image, blob)
+        return None
 
     def _enter(self, state: str) -> None:
         self.state = state
@@ -560,6 +575,17 @@ class Daemon:
             self._mount_fuse(instance)
         except (NydusError, OSError) as error:
             log.error("mounting %s again: %s", instance.state.path, error)
+
+
+def _introduce(image: Image) -> None:
+    """Tells the caches that images share what this image knows of them, as its mount did once."""
+    for blob, info in enumerate(image.blobs):
+        try:
+            image.open_cache(blob)
+        except NydusError as error:
+            log.error("blob %s of %s: %s", info.id, image.bootstrap, error)
+        else:
+            image.release_cache(blob)
 
 
 def normal(mountpoint: str) -> str:
