@@ -22,10 +22,10 @@ def mirror(tmp_path: Path) -> Iterator[FaultyRegistry]:
         yield server
 
 
-def hosts(tmp_path: Path, host: str, *urls: str, more: str = "") -> str:
+def hosts(tmp_path: Path, host: str, *urls: str) -> str:
     folder = tmp_path / "hosts" / host
     folder.mkdir(parents=True, exist_ok=True)
-    tables = "".join(f'[host."{url}"]\ncapabilities = ["pull", "resolve"]\n{more}\n' for url in urls)
+    tables = "".join(f'[host."{url}"]\ncapabilities = ["pull", "resolve"]\n' for url in urls)
     (folder / "hosts.toml").write_text(tables)
     return str(tmp_path / "hosts")
 
@@ -40,13 +40,7 @@ def test_the_mirror_is_read_and_the_registry_written(
 ) -> None:
     copied = parse(source.replace(server.host, mirror.host))
     copy(ArchivePlace(vectors / "oci/source.tar"), RegistryPlace(copied, plain_http=True))
-    folder = hosts(
-        tmp_path,
-        server.host,
-        "http://127.0.0.1:1",
-        f"http://{mirror.host}",
-        more='[host.header]\n"X-A" = "b"',
-    )
+    folder = hosts(tmp_path, server.host)
     (tmp_path / "hosts" / server.host / "hosts.toml").write_text(
         '[host."http://127.0.0.1:1"]\n'
         f'[host."http://{mirror.host}"]\n[host."http://{mirror.host}".header]\nX-Wanted = "yes"\n'
