@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -180,10 +181,13 @@ def test_archives(nydusify: Nydusify, vectors: Path, tmp_path: Path) -> None:
     assert found["annotations"][model.NYDUS_SOURCE_REFERENCE] == "r.io/small:v1"
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")],
+)
 def test_an_interrupted_conversion_leaves_nothing(
-    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path
+    server: FaultyRegistry, source: str, number: int, code: int, words: str
 ) -> None:
-    import signal
     import sys
 
     from faulty import is_blob
@@ -194,10 +198,10 @@ def test_an_interrupted_conversion_leaves_nothing(
          "--plain-http"], stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr and "interrupted" in stderr
+    assert process.returncode == code
+    assert "Traceback" not in stderr and words in stderr
     deadline = time.monotonic() + 5
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline

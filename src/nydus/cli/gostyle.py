@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from nydus.cli.lazy import LazyGroup
+from nydus.cli.lazy import Ended, LazyGroup, end_in_order
 from nydus.cli.logs import Log
 from nydus.errors import ConfigError, NydusError
 
@@ -154,6 +154,7 @@ def byte_size(text: str) -> int:
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: an error is one fatal line on standard error and exit code 1."""
     log = Log()
+    end_in_order()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -167,6 +168,9 @@ def run(command: click.Command, name: str) -> NoReturn:
     except NydusError as error:
         _current(log).failed(str(error))
         sys.exit(1)
+    except Ended as ended:
+        _current(log).fatal(ended.text)
+        raise
     except (click.Abort, KeyboardInterrupt):
         _current(log).fatal("interrupted")
         sys.exit(130)

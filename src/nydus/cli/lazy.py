@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -45,10 +46,42 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
+class Ended(SystemExit):
+    """A signal asked the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.text = f"ended by {signal.Signals(number).name}"
+
+
+def end_in_order() -> None:
+    """Has SIGTERM and SIGHUP end the program as Ctrl-C does: with what it began undone.
+
+    Temporary files are removed, uploads abandoned, mounts and processes ended. A signal that is ignored
+    (``nohup``) stays so.
+
+    Raises (later, in the main thread):
+        Ended: a signal came.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        for each in signals:  # ``timeout`` sends it twice, to us and to our group
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(number)
+
+    signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for each in signals:
+        signal.signal(each, end)
+
+
 def run(command: click.Command, name: str) -> None:
     """Run a click command as a program: a `NydusError` is one line on stderr and exit code 1."""
+    end_in_order()
     try:
         command(prog_name=name)
+    except Ended as ended:
+        print(f"{name}: {ended.text}", file=sys.stderr)
+        raise
     except NydusError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)

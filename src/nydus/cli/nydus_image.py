@@ -8,7 +8,7 @@ import sys
 import click
 
 from nydus import __version__
-from nydus.cli.lazy import LazyGroup
+from nydus.cli.lazy import Ended, LazyGroup, end_in_order
 from nydus.errors import NydusError
 
 _LEVELS = ("trace", "debug", "info", "warn", "error")
@@ -119,8 +119,12 @@ def nydus_image(ctx: click.Context) -> None:
 
 def main() -> None:
     """Run the command: 2 for wrong usage, 1 and one line on stderr for everything else."""
+    end_in_order()
     try:
         nydus_image(prog_name="nydus-image")
+    except Ended as ended:
+        print(f"Error: {ended.text}", file=sys.stderr)
+        raise
     except NydusError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
