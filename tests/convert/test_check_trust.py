@@ -50,6 +50,14 @@ def rebuilt(vectors: Path, tmp_path: Path) -> Rebuilt:
     return Rebuilt(ArchivePlace(vectors / "oci/v6-zstd.tar"), tmp_path / "rebuilt")
 
 
+@pytest.mark.parametrize("name", ["v6-lz4", "docker-schema2"])
+def test_runnable_images_of_the_reference(vectors: Path, tmp_path: Path, name: str) -> None:
+    """The others are in test_check."""
+    origin = ArchivePlace(vectors / "oci/run/source.tar")
+    report = check(ArchivePlace(vectors / f"oci/run/{name}.tar"), origin, AMD64, tmp_path)
+    assert report.checks["filesystem"] == report.checks["files"] > 10
+
+
 # Blobs with one wrong bit and right digests
 
 

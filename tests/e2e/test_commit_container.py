@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -166,3 +167,29 @@ def test_what_cannot_be_committed(node: Node, image: str, vectors: Path, tmp_pat
     failed = commit(node, tmp_path, fine.id, "127.0.0.1:1/no/registry:x")
     assert "127.0.0.1:1" in failed
     assert fine.execute("/bin/cat", "/app/hello")[0] == 0, "it goes on"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_commit_lets_the_container_go_on(
+    node: Node, image: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    _, container = node.start(image)
+    fill = "i=0; while [ $i -lt 40 ]; do cat /app/data.bin; i=$((i+1)); done > /big; cat /big /big > /bigger"
+    assert container.execute("/bin/sh", "-c", fill) == (0, b"")
+    process = subprocess.Popen(
+        [
+            *(Path(sys.executable).with_name("nydusify"), "commit", "--container", container.id),
+            *("--target", f"{node.host}/run:never", "--plain-http", "--namespace", "k8s.io"),
+            *("--containerd-address", node.containerd.address, "--work-dir", tmp_path / "work"),
+        ],
+        stderr=subprocess.PIPE,
+    )
+    with Containers(node.containerd.address, "k8s.io") as containers:
+        while not containers.find(container.id).paused:
+            assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130 and b"interrupted" in said
+        assert not containers.find(container.id).paused
+    assert container.execute("/bin/cat", "/app/hello")[0] == 0
+    assert not (tmp_path / "work").exists()
