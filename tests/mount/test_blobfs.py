@@ -110,6 +110,28 @@ def test_reads_that_wait_do_not_hold_up_the_others() -> None:
         fs.close()
 
 
+def test_reads_are_served_when_no_thread_can_be_had(fs: BlobFs, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "blobfs-fetch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    source = Fake()
+    source.is_ready = False
+    file = fs.add(2, SIZE, "a", source)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for offset in range(0, SIZE, SIZE // 64):
+            assert read(fs.path(file), offset, 100) == source.data[offset : offset + 100]
+    fd = os.open(fs.path(file), os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    assert read(fs.path(file), 0, SIZE) == source.data
+    assert not fs.inflight()
+
+
 def test_an_error_is_eio_and_a_log_line(fs: BlobFs, caplog: pytest.LogCaptureFixture) -> None:
     source = Fake()
     source.problem = RuntimeError("the dog ate it")

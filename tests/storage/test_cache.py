@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from storage_blobs import Blob, FaultyBackend, broken, corrupted, link, make_blob, slow, truncated
 
+import nydus.storage.cache
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import Compression, Digester
 from nydus.storage.cache import BlobCache
+from nydus.storage.flusher import Flusher
 from nydus.storage.store import Store
 
 SIZES = [4096, 100, 70000, 1 << 16, 5, 4097, 300000, 8192] * 6
@@ -127,6 +129,21 @@ def test_a_large_read_is_fetched_in_parallel(tmp_path: Path) -> None:
     assert read(cache, 0, cache.length) == blob.image
     assert backend.most_running > 1
     assert set(backend.fetches(blob).values()) == {1}
+
+
+def test_a_read_needs_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = make_blob([1 << 20] * 4)
+    cache = cache_of(tmp_path, blob, FaultyBackend(blob))
+    read(cache, 0, 1)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(nydus.storage.cache, "flusher", Flusher())
+        assert read(cache, 0, cache.length) == blob.image
+    cache.close()
 
 
 def test_many_readers_one_fetch(tmp_path: Path, blob: Blob) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
@@ -59,13 +61,22 @@ class HttpServer:
 
     def _accept(self) -> None:
         while True:
+            self._slots.acquire()
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 log.error("the API socket: %s", error)
-                return
-            self._slots.acquire()
-            threading.Thread(target=self._serve, args=(connection,), name="api-call", daemon=True).start()
+                self._slots.release()
+                if error.errno in (errno.EBADF, errno.EINVAL):
+                    return
+                time.sleep(0.1)  # out of descriptors or memory, for the moment
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="api-call", daemon=True).start()
+            except RuntimeError as error:
+                log.error("the API socket: %s", error)
+                connection.close()
+                self._slots.release()
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -221,7 +221,8 @@ class BlobFs:
             try:
                 syscalls.unshare_descriptors()
                 for device in list(_devices):
-                    os.close(device)
+                    with suppress(OSError):  # made after the copy
+                        os.close(device)
                 result.append(function())
             except BaseException as error:
                 problem.append(error)
@@ -414,17 +415,27 @@ class BlobFs:
                 grow = self._fetchers < _FETCHERS
                 self._fetchers += grow
             if grow:
-                threading.Thread(target=self._fetch, name="blobfs-fetch", daemon=True).start()
+                try:
+                    threading.Thread(target=self._fetch, name="blobfs-fetch", daemon=True).start()
+                except RuntimeError as error:
+                    log.error("serving reads one after the other: %s", error)
+                    with self._lock:
+                        self._fetchers -= 1
+                    with suppress(queue.Empty):
+                        self._serve_waiting(block=False)
 
     def _fetch(self) -> None:
         while True:
-            unique, file, offset, size, began = self._waiting.get()
-            try:
-                self._serve_read(unique, file, offset, size, began)
-            except Exception:
-                log.exception("defect in serving a FUSE read")
+            self._serve_waiting(block=True)
             if self._waiting.empty():
                 self._idle.release()
+
+    def _serve_waiting(self, *, block: bool) -> None:
+        request = self._waiting.get(block)
+        try:
+            self._serve_read(*request)
+        except Exception:
+            log.exception("defect in serving a FUSE read")
 
     def _serve_read(self, unique: int, file: File, offset: int, size: int, began: float) -> None:
         problem: Exception | None = None

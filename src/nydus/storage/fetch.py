@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nydus.errors import BackendError, FormatError, NydusError
@@ -211,8 +212,9 @@ class Fetcher:
                     return
                 self._fetch(flight)
 
-        for _ in range(min(len(flights), _PARALLEL) - 1):
-            threading.Thread(target=work, name="blob-fetch", daemon=True).start()
+        with suppress(RuntimeError):  # no more threads to be had: then this one does it all
+            for _ in range(min(len(flights), _PARALLEL) - 1):
+                threading.Thread(target=work, name="blob-fetch", daemon=True).start()
         work()
 
     def _fetch(self, flight: _Flight) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Flusher:
             # A forked child has the object but not the thread; is_alive() knows.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="cache-flusher", daemon=True)
-                self._thread.start()
+                with suppress(RuntimeError):  # no thread to be had: the next change tries again
+                    self._thread.start()
         if urgent:
             self._urgent.set()
 
