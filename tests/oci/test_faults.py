@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -247,3 +250,50 @@ def test_an_image_through_a_registry_that_fails_all_the_time(tmp_path: Path, ser
         assert found.digest == copied.descriptor.digest
         for blob in other.store.blobs.iterdir():
             assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
+
+
+# Other hosts
+
+
+def test_an_upload_that_is_sent_elsewhere(
+    tmp_path: Path, server: FaultyRegistry, tokens: TokenAuth, repository: Repository
+) -> None:
+    """Storage elsewhere gets the blob, and none of our credentials."""
+    put(repository, b"first")
+    with FaultyRegistry(tmp_path / "other") as other:
+
+        def elsewhere(handler: FaultyHandler) -> bool:
+            if handler.command != "POST":
+                return False
+            with closing(http.client.HTTPConnection(other.host)) as there:
+                there.request("POST", "/v2/a/blobs/uploads/")
+                location = there.getresponse().headers["Location"]
+            handler.reply(202, b"", {"Location": f"http://{other.host}{location}"})
+            return True
+
+        server.intercepts.append(elsewhere)
+        for data in (b"small", LARGE):
+            put(repository, data)
+            path = other.store.blobs / hashlib.sha256(data).hexdigest()
+            assert path.read_bytes() == data
+        assert len(other.seen) >= 3
+        assert not any("Authorization" in headers for *_, headers in other.seen)
+
+
+def test_a_body_that_stalls(server: FaultyRegistry, repository: Repository) -> None:
+    """It is given up after the time between two pieces, and goes on from there."""
+    digest = put(repository, LARGE)
+
+    def stall(handler: FaultyHandler) -> None:
+        handler._start(200, len(LARGE), {})
+        handler.wfile.write(LARGE[: 3 << 20])
+        handler.wfile.flush()
+        time.sleep(1.5)  # QUICK waits for one second
+        handler.close_connection = True
+
+    server.intercepts.append(Times(1, is_blob, stall))
+    started = time.monotonic()
+    assert repository.blob(digest, len(LARGE)).read() == LARGE
+    assert 0.9 < time.monotonic() - started < 5
+    asked = [headers.get("Range") for method, path, headers in server.seen if method == "GET"]
+    assert asked[-1] == f"bytes={3 << 20}-"
