@@ -91,7 +91,16 @@ def _memory(folder: Path, say: Callable[[str], None]) -> list[Figure]:
                         block = os.urandom(10_000)
                         file.write(block + block.hex().encode()[:10_000])
                 archive.add(content, f"file-{number}")
-        words = [NYDUS_IMAGE, "create", "-l", "error", "-t", "tar-rafs", "-B", folder / "boot"]
+        words: list[str | Path] = [
+            NYDUS_IMAGE,
+            "create",
+            "-l",
+            "error",
+            "-t",
+            "tar-rafs",
+            "-B",
+            folder / "boot",
+        ]
         cost = timed([*words, "-b", "/dev/null", layer])
         figures.append(Figure(f"create from {megabytes} MB of tar, peak memory", "MB", [cost.peak]))
         layer.unlink()

@@ -6,6 +6,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nydus.demo.image import build
 
@@ -38,16 +39,16 @@ class BenchImage:
 
     @property
     def largest_layer(self) -> Path:
-        layer = max(self._manifest["layers"], key=lambda one: one["size"])
-        return self.layout / "blobs" / "sha256" / layer["digest"][7:]
+        layer: dict[str, Any] = max(self._manifest["layers"], key=lambda one: one["size"])
+        return self.layout / "blobs" / "sha256" / str(layer["digest"])[7:]
 
     @property
-    def _manifest(self) -> dict:  # type: ignore[type-arg]
+    def _manifest(self) -> dict[str, Any]:
         index = json.loads((self.layout / "index.json").read_bytes())
         return self._blob(index["manifests"][0]["digest"])
 
-    def _blob(self, digest: str) -> dict:  # type: ignore[type-arg]
-        document: dict = json.loads((self.layout / "blobs" / "sha256" / digest[7:]).read_bytes())  # type: ignore[type-arg]
+    def _blob(self, digest: str) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.layout / "blobs" / "sha256" / digest[7:]).read_bytes())
         return document
 
 
