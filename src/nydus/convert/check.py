@@ -19,6 +19,7 @@ from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import Image, select
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.oci import model
+from nydus.oci.foreign import open_layer, plain_http
 from nydus.oci.model import Platform
 from nydus.oci.place import Source, SourcePlace
 
@@ -459,7 +460,7 @@ def _layers(side: Side) -> Listing:
     overlay = Overlay(_kept)
     pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
     for number, (layer, diff_id) in enumerate(pairs, 1):
-        stream = side.reader.blob(layer.digest, layer.size)
+        stream = open_layer(side.reader, layer, plain_http=plain_http(side.place))
         try:
             overlay.apply(stream, diff_id, f"layer {number} of {side.place}")
         finally:

@@ -25,7 +25,7 @@ from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
-from nydus.oci.place import Sink, SinkPlace, SourcePlace
+from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
 
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
@@ -100,7 +100,7 @@ def image(
         reader = source.open()
         index, images = select(reader, source.target, str(source), platforms)
         for found in images:
-            _check(found, f"{source}", options)
+            _check(found, reader, f"{source}", options)
         writer = target.open_sink()
         cached = cache.load(options) if cache else {}
         chunks = open_nydus(dictionary, images[0].platform) if dictionary else None
@@ -169,7 +169,7 @@ def image(
     )
 
 
-def _check(found: Image, where: str, options: ConvertOptions) -> None:
+def _check(found: Image, reader: Source, where: str, options: ConvertOptions) -> None:
     if found.is_nydus:
         raise ConfigError(f"{where}: is a Nydus image already")
     if not found.manifest.layers:
@@ -184,6 +184,11 @@ def _check(found: Image, where: str, options: ConvertOptions) -> None:
         if options.oci_ref and "zstd" in kind:
             raise ConfigError(
                 f"{where}: layer {number} is zstd; oci-ref needs gzip layers, convert it instead"
+            )
+        if options.oci_ref and layer.urls and not reader.has_blob(layer.digest):
+            raise ConfigError(
+                f"{where}: layer {number} is not in the registry, only its address is; "
+                "oci-ref needs it there, convert it instead"
             )
 
 

@@ -12,6 +12,7 @@ from nydus.convert.backend import BackendPlace
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
+from nydus.oci.foreign import open_layer, plain_http
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
 from nydus.rafs.model import Compression, Digester, Tree
 
@@ -80,7 +81,7 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
     started = time.monotonic()
     where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
     build = build_reference if job.options.oci_ref else build_layer
-    stream = source.blob(job.layer.digest, job.layer.size)
+    stream = open_layer(source, job.layer, plain_http=plain_http(job.source))
     try:
         with sink.upload() as upload:
             counted = _Counted(stream, upload, report)

@@ -182,12 +182,12 @@ def registry_place(
         ConfigError: Docker's config file, a credential helper or a folder of certificates is broken.
     """
     credentials = docker_credentials(reference.host)
-    proxy = _proxy("http" if plain_http else "https", reference.endpoint)
+    proxy = proxy_for("http" if plain_http else "https", reference.endpoint)
     tls = Certificates() if plain_http else certificates(reference.endpoint)
     return RegistryPlace(reference, plain_http, insecure, credentials, proxy, None, tls, push_chunk_size)
 
 
-def _proxy(scheme: str, host: str) -> str:
+def proxy_for(scheme: str, host: str) -> str:
     """The proxy of the environment for a host (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), "" for none."""
     if not any(key.lower().endswith("_proxy") for key in os.environ):
         return ""

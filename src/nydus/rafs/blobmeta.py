@@ -435,7 +435,8 @@ def _decode(blob: BlobInfo, section: bytes, header: Array, where: str) -> ChunkM
         offset, entries = int(header["context_offset"]), int(header["context_entries"])
         size = int(header["context_size"])
         buffer.check(offset, size, "context area")
-        if offset < count * 24 or entries * 40 > size:
+        # Where nothing had to be batched there is no area, and the header says 0 of it.
+        if (entries or size) and (offset < count * 24 or entries * 40 > size):
             raise buffer.error("the context area overlaps", offset, found=entries)
         if blob.features & BlobFeature.BATCH:
             result.batch = buffer.array(offset, entries, BATCH, "batch table").copy()
