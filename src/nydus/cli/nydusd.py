@@ -61,7 +61,7 @@ def _serve(options: Options, ignored: list[str]) -> int:
     if ignored:
         log.warning("ignoring unknown options: %s", " ".join(ignored))
     _raise_descriptor_limit(options.rlimit_nofile)
-    worker.preload()
+    worker.preload(options.backend_type())
     return Supervisor(options).run()
 
 

@@ -158,6 +158,15 @@ def parse(text: str | bytes, where: str = "configuration") -> DaemonConfig:
     return config
 
 
+def backend_type(text: str) -> str:
+    """The type of the backend in a document that may have any other faults; empty where it has none."""
+    try:
+        found = msgspec.json.decode(text)["device"]["backend"]["type"]
+    except (msgspec.DecodeError, KeyError, TypeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def read(path: Path) -> DaemonConfig:
     """Reads a document from a file."""
     return parse(read_text(path), str(path))

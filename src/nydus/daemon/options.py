@@ -43,3 +43,12 @@ class Options:
         if self.config is not None:
             return configs.read_text(self.config)
         raise ConfigError("--bootstrap needs --config or --localfs-dir")
+
+    def backend_type(self) -> str:
+        """The backend type of the command line's own image; empty where there is none to be found."""
+        if self.bootstrap is None:
+            return ""
+        try:
+            return configs.backend_type(self.config_text())
+        except ConfigError:
+            return ""  # said when it is mounted

@@ -27,13 +27,22 @@ _DRAIN = 1.0  # seconds that running reads get before a successor is to answer t
 _FLUSH = 2.0  # seconds for the caches to be written down
 
 
-def preload() -> None:
-    """Imports what a worker needs, so that those forked later need not."""
-    from nydus.daemon import api, server
-    from nydus.storage import cache
-    from nydus.storage.backends import localfs, registry
+def preload(backend: str = "") -> None:
+    """Imports what a worker needs, so that those forked later need not.
 
-    del api, server, cache, localfs, registry
+    Args:
+        backend: type of the only backend that is known to be needed; an HTTP client takes as long to import
+            as an image to mount.
+    """
+    from nydus.daemon import api, server
+    from nydus.storage import cache, config
+    from nydus.storage.backends import localfs
+
+    if backend in ("", "registry"):
+        from nydus.storage.backends import registry
+
+        del registry
+    del api, server, cache, config, localfs
 
 
 def run(
