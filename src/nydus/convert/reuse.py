@@ -19,6 +19,7 @@ from nydus import __version__
 from nydus.convert.options import ConvertOptions
 from nydus.errors import FormatError, NydusError
 from nydus.oci import model
+from nydus.oci.auth import home
 from nydus.oci.place import Sink, Source
 
 if TYPE_CHECKING:
@@ -69,10 +70,12 @@ def options_key(options: ConvertOptions) -> str:
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def default_folder() -> Path:
-    """Where this user's record is (XDG_CACHE_HOME)."""
+def default_folder() -> Path | None:
+    """Where this user's record is (XDG_CACHE_HOME); None for a user without a home directory."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pynydus" / "layers"
+    if base.startswith("/"):
+        return Path(base) / "pynydus/layers"
+    return (folder := home()) and folder / ".cache/pynydus/layers"
 
 
 class Record:

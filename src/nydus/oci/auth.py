@@ -58,17 +58,26 @@ class Credentials:
         return cls(user, password.rstrip("\0"))
 
 
+def home() -> Path | None:
+    """The user's home directory; None for a user without one, as in many containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def docker_credentials(host: str, config_dir: str | os.PathLike[str] | None = None) -> Credentials | None:
     """Looks up a registry in Docker's config file and credential helpers; None if it is not there.
 
     Raises:
         ConfigError: the file is no JSON, or a helper failed.
     """
-    folder = Path(config_dir or os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    named = config_dir or os.environ.get("DOCKER_CONFIG")
+    folder = Path(named) if named else (home() or Path("/")) / ".docker"
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except OSError:
         return None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
@@ -266,7 +275,7 @@ class Authorizer:
             answer = json.loads(body)
             value = answer.get("token") or answer.get("access_token")
             lifetime = float(answer.get("expires_in") or 60)
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:
             raise BackendError(f"{where} gave no valid JSON", permanent=True) from error
         if not isinstance(value, str) or not value or not value.isprintable():
             raise BackendError(f"{where} gave no token", permanent=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nydus.errors import ConfigError
+from nydus.oci.auth import home
 
 _FOLDERS = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 
@@ -33,7 +34,7 @@ def certificates(host: str) -> Certificates:
     Raises:
         ConfigError: a client certificate without key, or a folder that cannot be read.
     """
-    for base in (Path.home() / ".config/containers/certs.d", *map(Path, _FOLDERS)):
+    for base in ((home() or Path("/")) / ".config/containers/certs.d", *map(Path, _FOLDERS)):
         folder = base / host
         try:
             names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None

@@ -26,16 +26,18 @@ from nydus.oci import model
 from nydus.oci.auth import Credentials
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import DIGEST
-from nydus.oci.transport import REDIRECTS, Policy, Transport
+from nydus.oci.transport import REDIRECTS, Policy, Transport, content_length
 from nydus.oci.upload import Upload
 
 _ACCEPT = ", ".join([model.OCI_INDEX, model.OCI_MANIFEST, model.DOCKER_INDEX, model.DOCKER_MANIFEST, "*/*"])
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _MAX_HOPS = 5
 _MAX_LOCATIONS = 4096
 _MANIFEST_TIMEOUT = 60.0
 #: A blob stream that broke off is resumed; this much progress forgives the earlier failures.
 _PROGRESS = 1 << 20
+#: A MiB of a stream may take this many times as long as a single answer.
+_SLOWEST = 8
 
 
 class _Referring(msgspec.Struct, rename="camel"):
@@ -264,11 +266,11 @@ class Repository:
 
     def _head(self, digest: str) -> int:
         response = self._follow("HEAD", digest, {}, ok=(200,))
-        length = response.headers.get("Content-Length", "")
+        length = content_length(response)
         self.transport.discard(response)
-        if not (length.isascii() and length.isdigit()):
+        if length is None:
             raise BackendError(f"{self}: no Content-Length for {digest}", permanent=True)
-        return int(length)
+        return length
 
     def blob(self, digest: str, size: int | None = None) -> BlobStream:
         """Opens a whole blob as a stream that is checked against the digest (and the size) at its end."""
@@ -481,7 +483,8 @@ class BlobStream(io.RawIOBase):
             try:
                 if self._response is None:
                     self._response = self._repository.open_range(self._digest, self._position, None)
-                piece = transport.read(self._response, size)
+                patience = _SLOWEST * transport.policy.read_timeout
+                piece = transport.read(self._response, min(size, _PROGRESS), time.monotonic() + patience)
                 if not piece and self._size is not None and self._position < self._size:
                     where = f"{self._repository}: {self._digest}"
                     what = f"truncated: {self._position} of {self._size} bytes"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import IO, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import urllib3
 from urllib3.exceptions import (
@@ -35,6 +35,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
 _ERROR_BODY = 64 << 10
 _PIECE = 1 << 20
+_SIZE = re.compile(r"[0-9]{1,18}")
+_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,9 @@ class Transport:
         if skip_verify:
             options["assert_hostname"] = False
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # it was asked for
-        manager = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)  # type: ignore[arg-type]
-        self._pool: urllib3.PoolManager = manager
+        self._pool: urllib3.PoolManager = (
+            _through(proxy, options) if proxy else urllib3.PoolManager(**options)  # type: ignore[arg-type]
+        )
         self._authorizer = Authorizer(host, credentials, self._send_token_request, allow_http=plain_http)
         # The first request finds out what sign-in the registry wants; the others wait for it rather than
         # all being refused at once.
@@ -139,8 +142,7 @@ class Transport:
 
     def at_home(self, url: str) -> bool:
         """Whether a URL is the registry's own, so that credentials may be sent there."""
-        mine, other = urlsplit(self.base), urlsplit(url)
-        return (mine.scheme, mine.hostname, mine.port) == (other.scheme, other.hostname, other.port)
+        return _origin(self.base) == _origin(url)
 
     def send(
         self,
@@ -302,8 +304,8 @@ class Transport:
 
     def discard(self, response: urllib3.BaseHTTPResponse) -> None:
         """Drops a body; the connection is kept if that costs little."""
-        length = response.headers.get("Content-Length", "")
-        if length.isascii() and length.isdigit() and int(length) <= _ERROR_BODY:
+        length = content_length(response)
+        if length is not None and length <= _ERROR_BODY:
             try:
                 response.drain_conn()
                 return
@@ -366,6 +368,30 @@ class Transport:
     ) -> tuple[int, bytes]:
         response = self.send(method, url, headers, body)
         return response.status, self.read_all(response, 1 << 20)
+
+
+def content_length(response: urllib3.BaseHTTPResponse) -> int | None:
+    """What an answer says of the size of its body; None if that is no size."""
+    text = response.headers.get("Content-Length", "")
+    return int(text) if _SIZE.fullmatch(text) else None
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
+
+
+def _through(proxy: str, options: dict[str, object]) -> urllib3.ProxyManager:
+    """Connections through a proxy, signed in with the user and password of its URL."""
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else None
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return urllib3.ProxyManager(url, proxy_headers=headers, **options)  # type: ignore[arg-type]
+    except (HTTPError, ValueError) as error:
+        where = proxy.rpartition("@")[2]
+        raise BackendError(f"cannot use the proxy {where!r}: {error}", permanent=True) from error
 
 
 def _reason(error: BaseException) -> str:
