@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +71,6 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
         base = registry_place(
             _image_of(container), plain_http=values["plain_http"], insecure=values["source_insecure"]
         )
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)  # a container that is held still must go on
         with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
             made = run(
                 containers,
@@ -114,7 +111,3 @@ def _image_of(container: Container) -> Reference:
     except ConfigError as error:
         raise NydusError(f"the image of container {container.id[:12]} has no reference: {error}") from error
     return reference.with_digest(container.digest) if container.digest else reference
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
