@@ -6,10 +6,11 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-KEY, SECRET, REGION = "AKTEST", "secret", "eu-test-1"
+KEY, SECRET, REGION = "AKTEST", "hush-hush", "eu-test-1"
 _SIGNED = re.compile(
     rf"(AWS4-HMAC-SHA256|OSS4-HMAC-SHA256) Credential={KEY}/\d+/[^/]+/(s3|oss)/a|OSS {KEY}:.+"
 )
@@ -62,6 +63,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     owner: ObjectStoreServer
 
+    def handle(self) -> None:
+        with suppress(OSError):
+            super().handle()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -73,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with suppress(OSError):  # a client that was killed
+                self.wfile.write(body)
 
     def refuse(self, status: int, code: str) -> None:
         self.reply(status, f"<Error><Code>{code}</Code><Message>made to fail</Message></Error>".encode())

@@ -127,7 +127,7 @@ def test_faults(server: ObjectStoreServer, fault: Callable[[Handler], bool], per
         with pytest.raises(BackendError) as caught:
             store.read(name, 0, 100)
         assert caught.value.permanent == permanent
-        assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value) and SECRET not in str(caught.value)
         server.fault = None
         assert store.read(name, 0, 100) == SMALL[:100]
 
