@@ -1,0 +1,158 @@
+"""``nydusify mount``: what it shows, and that it leaves nothing, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty import FaultyRegistry
+
+from nydus.convert.copy import copy
+from nydus.oci import model
+from nydus.oci.place import ArchivePlace, RegistryPlace
+from nydus.oci.reference import parse
+
+pytestmark = [pytest.mark.vectors, pytest.mark.root]
+
+
+@pytest.fixture(params=["v6-zstd", "v5-zstd"])
+def image(server: FaultyRegistry, vectors: Path, request: pytest.FixtureRequest) -> str:
+    reference = f"{server.host}/small:nydus"
+    place = RegistryPlace(parse(reference), plain_http=True)
+    copy(ArchivePlace(vectors / f"oci/{request.param}.tar"), place)
+    return reference
+
+
+def start(folder: Path, reference: str, *more: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("nydusify"), "mount", "--target", reference, "--plain-http",
+         "--json", "--quiet", *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True,
+    )  # fmt: skip
+
+
+def mounted(process: subprocess.Popen[str]) -> dict[str, object]:
+    """Waits for the mount; what the command says of it."""
+    assert process.stdout
+    line = process.stdout.readline()
+    assert line, process.communicate(timeout=30)[1]
+    found: dict[str, object] = json.loads(line)
+    return found
+
+
+def processes(folder: Path) -> list[str]:
+    """The command lines of processes that have to do with a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if str(folder) in words or (entry / "cwd").resolve() == folder:
+                    found.append(words)
+        except OSError:
+            pass
+    return found
+
+
+def nothing_is_left(folder: Path) -> None:
+    assert str(folder) not in Path("/proc/self/mountinfo").read_text()
+    deadline = time.monotonic() + 5
+    while left := processes(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert list(folder.iterdir()) == []
+
+
+def by_sigterm(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+
+
+def by_ctrl_c(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def by_losing_the_terminal(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGHUP)
+
+
+@pytest.mark.parametrize(("end", "code"), [(by_sigterm, 0), (by_ctrl_c, 0), (by_losing_the_terminal, 129)])
+def test_a_mount_and_its_end(
+    image: str, tmp_path: Path, end: Callable[[subprocess.Popen[str]], None], code: int
+) -> None:
+    folder = tmp_path / "cwd"
+    with start(folder, image) as process:
+        try:
+            found = mounted(process)
+            mountpoint = folder / "image-fs"
+            assert found["mountpoint"] == str(mountpoint) and os.path.ismount(mountpoint)
+            names = sorted(path.name for path in mountpoint.iterdir())
+            assert {"a", "hard2"} <= set(names)
+            files = [path for path in mountpoint.rglob("*") if path.is_file() and not path.is_symlink()]
+            assert sum(len(path.read_bytes()) for path in files) > 1000
+            assert (folder / "tmp").is_dir()
+        finally:
+            end(process)
+            stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == code and stdout == ""
+        assert "Traceback" not in stderr and (code or stderr == "")
+    nothing_is_left(folder)
+
+
+def test_folders_that_were_there_stay(image: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
+    (folder / "here").mkdir(parents=True)
+    (folder / "here/file").write_text("hidden meanwhile")
+    (folder / "work").mkdir()
+    (folder / "work/mine").write_text("")
+    with start(folder, image, "--mount-path", "here", "--work-dir", "work") as process:
+        mounted(process)
+        assert not (folder / "here/file").exists()
+        by_sigterm(process)
+        process.communicate(timeout=30)
+    assert (folder / "here/file").read_text() == "hidden meanwhile"
+    assert [path.name for path in (folder / "work").iterdir()] == ["mine"]
+    assert str(folder) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.mark.parametrize("delay", [0.6, 0.9, 1.2])
+def test_an_end_while_it_starts(image: str, tmp_path: Path, delay: float) -> None:
+    folder = tmp_path / "cwd"
+    with start(folder, image) as process:
+        time.sleep(delay)
+        by_sigterm(process)
+        stderr = process.communicate(timeout=30)[1]
+        assert "Traceback" not in stderr
+    nothing_is_left(folder)
+
+
+def test_a_daemon_that_is_killed(image: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
+    with start(folder, image) as process:
+        pid = mounted(process)["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGKILL)
+        stderr = process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+        assert "nydusd ended with status -9" in stderr and "Traceback" not in stderr
+    nothing_is_left(folder)
+
+
+def test_an_image_that_cannot_be_mounted(server: FaultyRegistry, image: str, tmp_path: Path) -> None:
+    place = RegistryPlace(parse(image), plain_http=True)
+    _, data = place.open().manifest("nydus")
+    document = json.loads(data)
+    del document["layers"][-1]["annotations"]
+    place.open_sink().put_manifest("plain", json.dumps(document).encode(), model.OCI_MANIFEST)
+    folder = tmp_path / "cwd"
+    with start(folder, f"{server.host}/small:plain") as process:
+        stderr = process.communicate(timeout=30)[1]
+        assert process.returncode == 1 and "is not a Nydus image" in stderr
+    nothing_is_left(folder)
