@@ -76,7 +76,7 @@ def _describe(path: str, root: Path) -> dict[str, object]:
     if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
         row["rdev"] = [os.major(found.st_rdev), os.minor(found.st_rdev)]
     if stat.S_ISLNK(found.st_mode):
-        row["target"] = os.readlink(full)  # noqa: PTH115 - a Path would tidy it up
+        row["target"] = os.readlink(full)
     if stat.S_ISREG(found.st_mode):
         row["sha256"] = hashlib.sha256(Path(full).read_bytes()).hexdigest()
     xattrs = {
