@@ -185,4 +185,7 @@ def main() -> None:
 
 
 def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Where this interrupts a clean-up, Python prints it; the parent has said already what is wrong.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     raise SystemExit(1)
