@@ -209,6 +209,43 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert not (server.store.repository("small") / "_tags/latest-n").exists()
 
 
+def test_an_interrupted_conversion_goes_on(nydusify: Nydusify, server: FaultyRegistry, source: str) -> None:
+    """The same command again takes over the layers that were done, and gives the same image."""
+    import signal
+    import sys
+    import threading
+
+    from faulty import is_blob
+
+    layers = load(RegistryPlace(parse(source), plain_http=True).open(), "latest")["layers"]
+    last, released = min(layers, key=lambda layer: layer["size"])["digest"], threading.Event()
+    server.intercepts.append(
+        lambda handler: bool(is_blob(handler) and last in handler.path and released.wait(20))
+    )
+    command = ("convert", "--source", source, "--target-suffix=-n", "--plain-http")
+    home = {**os.environ, "HOME": str(nydusify._folder.parent)}
+    with subprocess.Popen(
+        [Path(sys.executable).with_name("nydusify"), *command], stderr=subprocess.PIPE, text=True, env=home
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if "converted layer 2/3" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert process.returncode == 130
+    released.set()
+    server.intercepts.clear()
+    assert not (server.store.repository("small") / "_tags/latest-n").exists()
+    done = nydusify(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {layer["source"] for layer in found["layers"] if not layer["reused"]} == {last}
+    fresh = json.loads(nydusify(*command, "--json", "--no-reuse").stdout)
+    assert not any(layer["reused"] for layer in fresh["layers"])
+    assert fresh["digest"] == found["digest"]
+
+
 # Independent registries and tools
 
 
