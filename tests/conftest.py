@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs root and /dev/fuse"))
         if item.get_closest_marker("vectors") and not SHARED.exists():
             item.add_marker(pytest.mark.skip(reason="the reference vectors are not beside this checkout"))
+
+
+def pytest_configure() -> None:
+    # A shell's background job ignores SIGINT, and so would every command that a test interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command run inside a test sends our log where it likes; the next test must not notice."""
+    log = logging.getLogger("nydus")
+    saved = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = saved[0], saved[2]
+    log.setLevel(saved[1])
 
 
 @pytest.fixture(scope="session")
