@@ -122,6 +122,51 @@ def test_an_image_can_be_mounted_in_user_space(name: str, vectors: Path, tmp_pat
     assert check(vectors / name, tmp_path, "--provider", "fuse") == "fuse"
 
 
+def listed(entry: dict[str, Any], path: str = "") -> dict[str, str]:
+    """Names and types in what ``tree -J`` printed."""
+    found = {path: entry["type"]}
+    for child in entry.get("contents", []):
+        found |= listed(child, f"{path}/{child['name']}")
+    return found
+
+
+def present(root: Path) -> dict[str, str]:
+    """The same of a mounted tree."""
+    found = {"": "directory"}
+    for path in root.rglob("*"):
+        kind = "link" if path.is_symlink() else "directory" if path.is_dir() else "file"
+        found[f"/{path.relative_to(root)}"] = kind
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["repeatable/sha256-nocompress-repeatable", "repeatable/blake3-lz4_block-non_repeatable"]
+)
+def test_an_image_of_an_early_release(name: str, vectors: Path, tmp_path: Path) -> None:
+    bootstrap = vectors / "upstream" / name
+    result = bootstrap.with_name(f"{bootstrap.name}.result").read_text()
+    tree, end = json.JSONDecoder().raw_decode(result)
+    sums = [line.split("  /", 1) for line in result[end:].split("\n") if "  /" in line]
+    config = localfs_config(bootstrap.parent / "blobs", tmp_path / "cache")
+    with Nydusd.of(tmp_path, bootstrap, config) as daemon:
+        assert present(daemon.mountpoint) == listed(tree[0])
+        for digest, path in sums:
+            assert hashlib.md5((daemon.mountpoint / path).read_bytes()).hexdigest() == digest, path
+        assert len(sums) > 20
+        assert daemon.stop() == 0
+
+
+def test_an_image_of_an_early_release_v6(vectors: Path, tmp_path: Path) -> None:
+    bootstrap = vectors / "upstream" / "bootstrap" / "rafs-v6-2.2.boot"
+    config = localfs_config(vectors / "upstream" / "blobs", tmp_path / "cache")
+    with Nydusd.of(tmp_path, bootstrap, config) as daemon:
+        files = [path for path in daemon.mountpoint.rglob("*") if path.is_file()]
+        assert files
+        for path in files:
+            assert len(path.read_bytes()) == path.stat().st_size
+        assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("name", ["v5-dir-zstd", "v5-inline-meta"])
 def test_a_successor_serves_an_old_image(name: str, vectors: Path, tmp_path: Path) -> None:
     """Even where what was made of its bootstrap is gone: it is made again, the same."""
