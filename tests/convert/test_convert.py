@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documents import DIFFERENT, bootstrap_files, listing, load, tree_of, without
@@ -400,6 +401,48 @@ def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> N
     assert len(cached()) == 4
     with pytest.raises(NydusError, match="is not a build cache"):
         image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))
+
+
+def test_a_build_cache_with_everything_else(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    """Each kind of conversion has its own entries, and gives with them what it gives without."""
+    from nydus.convert.backend import FolderPlace
+    from nydus.convert.cache import BuildCache
+
+    dictionary = place(f"{server.host}/dictionary:v1")
+    image(place(source), dictionary, ConvertOptions(prefetch=()))
+
+    with FaultyRegistry(tmp_path / "caches") as other:  # nothing can be linked from there
+        kinds: dict[str, tuple[ConvertOptions, dict[str, Any]]] = {
+            "plain": (ConvertOptions(), {}),
+            "ref": (ConvertOptions(oci_ref=True), {}),
+            "dictionary": (ConvertOptions(), {"dictionary": dictionary}),
+            "backend": (ConvertOptions(), {}),
+            "v5": (ConvertOptions(fs_version=5), {}),
+        }
+        for kind, (options, more) in kinds.items():
+            digests, sizes = [], []
+            for run, reused in (("one", False), ("two", True)):
+                target = place(f"{server.host}/{kind}-{run}:nydus")
+                if kind == "backend":
+                    more = {"backend": FolderPlace(tmp_path / kind / run)}
+                cache = BuildCache(place(f"{other.host}/cache:c"))
+                result = image(place(source), target, options, cache=cache, **more)
+                # The blobs of the plain conversion serve those into a backend, too.
+                expected = [reused or kind == "backend"] * 3
+                assert [layer.reused for layer in result.layers] == expected, kind
+                digests.append(result.descriptor.digest)
+                if kind == "backend":
+                    sizes.append(sorted(path.stat().st_size for path in (tmp_path / kind / run).iterdir()))
+                else:
+                    for layer in load(target.open(), "nydus")["layers"]:
+                        assert target.open().has_blob(layer["digest"])
+            assert digests[0] == digests[1], kind
+            assert len(sizes) in (0, 2) and len(set(map(str, sizes))) < 2
+        image(place(source), place(f"{server.host}/ref-fresh:nydus"), ConvertOptions(oci_ref=True))
+        fresh, cached = (
+            place(f"{server.host}/ref-{name}:nydus").open().manifest("nydus")[0] for name in ("fresh", "two")
+        )
+        assert fresh == cached
 
 
 def layer_of(*names: str, mode: int = 0o755) -> bytes:

@@ -201,9 +201,9 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                         with _blobs(values) as blobs:
                             result = reverse(source, layout, options, progress, platforms, blobs)
                     else:
-                        backend = _backend(values)
+                        cache, backend = _build_cache(values, target), _backend(values)
                         chunks = _dictionary(values)
-                        result = image(source, layout, options, progress, platforms, None, backend, chunks)
+                        result = image(source, layout, options, progress, platforms, cache, backend, chunks)
                     write_archive(Layout(folder), archive, target)
     _tell(log, result, values["target_archive"] or str(target))
     if output:

@@ -31,6 +31,7 @@ class _Entry(msgspec.Struct, frozen=True):
     toc: str
     toc_size: int
     implied: tuple[str, ...] = ()
+    reference: str = ""
 
 
 class BuildCache:
@@ -49,8 +50,11 @@ class BuildCache:
     def repository(self) -> str:
         return self.place.reference.name
 
-    def load(self, options: ConvertOptions) -> dict[str, Known]:
+    def load(self, options: ConvertOptions, dictionary: str = "") -> dict[str, Known]:
         """The usable layers by digest of their source layer; none if there is no cache yet.
+
+        Args:
+            dictionary: see :func:`~nydus.convert.reuse.options_key`.
 
         Raises:
             NydusError: it cannot be read, or is something else.
@@ -69,7 +73,7 @@ class BuildCache:
         if version != self._version:
             return {}
         self._layers = document.layers
-        key, found = options_key(options), {}
+        key, found = options_key(options, dictionary), {}
         for layer in document.layers:
             try:
                 entry = msgspec.json.decode(layer.annotations.get(ENTRY, "null"), type=_Entry)
@@ -84,27 +88,34 @@ class BuildCache:
                     toc_size=entry.toc_size,
                     repository=self.repository,
                     implied=entry.implied,
+                    reference=entry.reference,
                 )
         return found
 
     def store(
-        self, layers: Mapping[str, Known], options: ConvertOptions, target: Source, repository: str
+        self,
+        layers: Mapping[str, Known],
+        options: ConvertOptions,
+        target: Source,
+        repository: str,
+        dictionary: str = "",
     ) -> None:
         """Adds layers to the cache.
 
         Args:
             layers: source digest -> converted layer, whose blobs are all in ``target``.
-            repository: ``host/name`` of the target.
+            repository: ``host/name`` of the target, "" if it is no registry.
+            dictionary: see :func:`~nydus.convert.reuse.options_key`.
 
         Raises:
             BackendError: the cache cannot be written.
         """
-        sink, key = self.place.open_sink(), options_key(options)
+        sink, key = self.place.open_sink(), options_key(options, dictionary)
         same_host = repository.partition("/")[0] == self.repository.partition("/")[0]
         link_from = repository.partition("/")[2] if same_host else ""
         added = []
         for source_digest, known in layers.items():
-            entry = _Entry(key, known.bootstrap, known.toc, known.toc_size, known.implied)
+            entry = _Entry(key, known.bootstrap, known.toc, known.toc_size, known.implied, known.reference)
             if len(model.encode(entry)) > _MAX_ENTRY:
                 continue
             copy_blob(target, sink, LayerProgress(0, known.digest, known.size), link_from)

@@ -14,7 +14,7 @@ from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
 from nydus.convert.job import Converted
-from nydus.convert.layers import convert_layers, repository_of
+from nydus.convert.layers import convert_layers, readable, repository_of
 from nydus.convert.merged import put_original
 from nydus.convert.opened import Opened, open_nydus
 from nydus.convert.options import ConvertOptions
@@ -83,10 +83,6 @@ def image(
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
-    if cache and (options.oci_ref or backend or dictionary):
-        raise ConfigError(
-            "a build cache cannot be used with oci-ref, a storage backend or a chunk dictionary"
-        )
     if options.oci_ref:
         if backend or dictionary:
             raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
@@ -102,8 +98,9 @@ def image(
         for found in images:
             _check(found, reader, f"{source}", options)
         writer = target.open_sink()
-        cached = cache.load(options) if cache else {}
         chunks = open_nydus(dictionary, images[0].platform) if dictionary else None
+        dictionary_digest = chunks.found.descriptor.digest if chunks else ""
+        cached = cache.load(options, dictionary_digest) if cache else {}
         pulled = time.monotonic()
         progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
@@ -117,6 +114,7 @@ def image(
             progress,
             cached,
             chunks.tree if chunks else None,
+            cache.place.open() if cache else None,
         )
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
@@ -153,7 +151,9 @@ def image(
         descriptor = _put_index(media_type, index.annotations, entries, name, writer)
     if cache:
         known = {digest: known_of(blob, repository_of(target)) for digest, blob in blobs.items()}
-        cache.store(known, options, target.open(), repository_of(target))
+        with readable(backend or target) as stored:
+            where = repository_of(backend or target)
+            cache.store(known, options, stored, where, dictionary_digest)
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
     return Result(

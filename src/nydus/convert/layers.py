@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from nydus.convert.backend import BackendPlace
+from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress
@@ -14,12 +15,22 @@ from nydus.convert.reuse import Known, Record, known_of, take_over
 from nydus.convert.select import Image
 from nydus.convert.workers import Workers
 from nydus.oci.model import Descriptor
-from nydus.oci.place import RegistryPlace, SinkPlace, SourcePlace
+from nydus.oci.place import RegistryPlace, SinkPlace, Source, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.rafs.model import Tree
 
 _AT_ONCE = 8
+
+
+@contextmanager
+def readable(place: SinkPlace | BackendPlace) -> Iterator[Source]:
+    """What was written to a place, for reading."""
+    if isinstance(place, BackendPlace):
+        with closing(place.open()) as backend:
+            yield blobs_of(place, backend)
+    else:
+        yield place.open()
 
 
 def repository_of(place: SinkPlace | SourcePlace | BackendPlace) -> str:
@@ -36,12 +47,14 @@ def convert_layers(
     progress: Progress,
     cached: Mapping[str, Known],
     dictionary: Tree | None = None,
+    cache: Source | None = None,
 ) -> tuple[list[LayerProgress], dict[str, Converted]]:
     """Has every distinct layer in the target.
 
     Args:
         cached: source digest -> layer of a build cache.
         dictionary: chunks to refer to instead of storing them again.
+        cache: where the blobs of ``cached`` are.
 
     Returns:
         How each layer went, and the converted layers by digest of their source layer.
@@ -54,7 +67,7 @@ def convert_layers(
     by_digest = {state.digest: state for state in states}
     progress.layers(states)
     # An index over a layer is made faster than found again, and a storage backend is only written to.
-    # What was built with a dictionary is of use with that one only.
+    # What was built with a dictionary is of use with that one only. A build cache has all of them.
     lasting = not options.oci_ref and not isinstance(target, BackendPlace) and dictionary is None
     record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
@@ -69,8 +82,7 @@ def convert_layers(
         progress.changed(state)
 
     known = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
-    if not isinstance(target, BackendPlace):
-        _take_over({digest: found for digest, found in known.items() if found}, target, finish)
+    _take_over({digest: found for digest, found in known.items() if found}, target, cached, cache, finish)
 
     jobs = [
         Job(n, layer, source, target, options, dictionary)
@@ -88,13 +100,21 @@ def convert_layers(
 
 
 def _take_over(
-    known: Mapping[str, Known], target: SinkPlace, finish: Callable[[str, Converted], None]
+    known: Mapping[str, Known],
+    target: SinkPlace | BackendPlace,
+    cached: Mapping[str, Known],
+    cache: Source | None,
+    finish: Callable[[str, Converted], None],
 ) -> None:
     if not known:
         return
-    reader, writer, repository = target.open(), target.open_sink(), repository_of(target)
-    with ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
-        found = pool.map(lambda each: take_over(each, reader, writer, repository), known.values())
+    writer, repository = target.open_sink(), repository_of(target)
+
+    def take(digest: str) -> Converted | None:
+        return take_over(known[digest], reader, writer, repository, cache if digest in cached else None)
+
+    with readable(target) as reader, ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
+        found = pool.map(take, known)
         for digest, converted in zip(known, found, strict=True):
             if converted is not None:
                 finish(digest, converted)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nydus import __version__
+from nydus.convert.copy import copy_blob
 from nydus.convert.options import ConvertOptions
+from nydus.convert.progress import LayerProgress
 from nydus.errors import FormatError, NydusError
 from nydus.oci import model
 from nydus.oci.auth import home
@@ -39,6 +41,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         toc, toc_size: sha256 (hex) and size of its table of contents; "" and 0 without one.
         repository: ``host/name`` where it was stored last.
         source: digest of the layer it was made of.
+        reference: digest of the layer that holds its data (oci-ref), else "".
         implied: directories that the layer only implies, which its bootstrap does not tell; as Latin-1, so
             that any bytes can be written.
     """
@@ -50,11 +53,16 @@ class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     toc_size: int = 0
     repository: str = ""
     source: str = ""
+    reference: str = ""
     implied: tuple[str, ...] = ()
 
 
-def options_key(options: ConvertOptions) -> str:
-    """A name (hex) for all that the bytes of a blob depend on besides its source layer."""
+def options_key(options: ConvertOptions, dictionary: str = "") -> str:
+    """A name (hex) for all that the bytes of a blob depend on besides its source layer.
+
+    Args:
+        dictionary: digest of the image whose chunks are referred to, "" for none.
+    """
     parameters = (
         _FORMAT,
         __version__,
@@ -66,7 +74,7 @@ def options_key(options: ConvertOptions) -> str:
     )
     # The prefetch table of a layer lies in its bootstrap, which is part of the blob.
     prefetch = [path.decode("utf8", "surrogateescape") for path in options.prefetch]
-    text = repr((parameters, prefetch)).encode("utf8", "surrogateescape")
+    text = repr((parameters, prefetch, options.oci_ref, dictionary)).encode("utf8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:32]
 
 
@@ -107,12 +115,15 @@ class Record:
             pass  # it is only a help
 
 
-def take_over(known: Known, source: Source, sink: Sink, repository: str) -> Converted | None:
-    """Uses a blob that the target has, or can link from where it was stored last.
+def take_over(
+    known: Known, source: Source, sink: Sink, repository: str, cache: Source | None = None
+) -> Converted | None:
+    """Uses a blob that the target has, or can link from where it was stored last, or copy from a cache.
 
     Args:
         source, sink: the target, for reading and writing.
         repository: ``host/name`` of the target, "" if it is no registry.
+        cache: where the blob is kept, None for nowhere.
 
     Returns:
         None if it is not there, or is not what the record says.
@@ -123,7 +134,9 @@ def take_over(known: Known, source: Source, sink: Sink, repository: str) -> Conv
         if not sink.has_blob(known.digest):
             elsewhere = repository and known.repository != repository and host == other_host
             if not (elsewhere and sink.mount_blob(known.digest, other)):
-                return None
+                if cache is None:
+                    return None
+                copy_blob(cache, sink, LayerProgress(0, known.digest, known.size))
         return read_back(known, source)
     except NydusError:
         return None
@@ -155,18 +168,42 @@ def read_back(known: Known, source: Source) -> Converted:
     if hashlib.sha256(bootstrap).hexdigest() != known.bootstrap:
         raise FormatError("another bootstrap than was recorded", where=where)
     tree = rafs.read(bootstrap, where)
-    tree.blobs = [replace(blob, id=name) if blob.id == UNKNOWN_ID else blob for blob in tree.blobs]
+    # The other blobs are those of a chunk dictionary.
+    own = [n for n, blob in enumerate(tree.blobs) if f"sha256:{blob.id}" == known.reference]
+    own = own or [n for n, blob in enumerate(tree.blobs) if blob.id == UNKNOWN_ID]
+    for number in own:
+        if known.reference:  # what the builder, too, adds once the blob is written
+            size = known.toc_size
+            entries = read(known.size - size, size)[: -toc.HEADER_SIZE] if size else b""
+            tree.blobs[number] = replace(
+                tree.blobs[number],
+                rafs_digest=bytes.fromhex(name),
+                rafs_size=known.size,
+                toc_digest=hashlib.sha256(entries).digest(),
+            )
+        else:
+            tree.blobs[number] = replace(tree.blobs[number], id=name)
     for path in known.implied:
         row = tree.find(path.encode("latin1"))
         if row is not None:
             tree.nodes["flags"][row] |= NodeFlag.IMPLIED
     meta = b""
-    if tree.version == 6 and len(tree.blobs) == 1:
-        checked = replace(tree.blobs[0], toc_digest=bytes.fromhex(known.toc), toc_size=known.toc_size)
+    if tree.version == 6 and own:
+        checked = replace(tree.blobs[own[0]], toc_digest=bytes.fromhex(known.toc), toc_size=known.toc_size)
         chunks = blobmeta.load(checked, read, where, known.size)
         meta = blobmeta.to_cache_file(chunks)
     return Converted(
-        known.digest, known.size, tree, meta, 0, 0.0, known.bootstrap, known.toc, known.toc_size, True
+        known.digest,
+        known.size,
+        tree,
+        meta,
+        duplicates=0,
+        seconds=0.0,
+        bootstrap=known.bootstrap,
+        toc=known.toc,
+        toc_size=known.toc_size,
+        reused=True,
+        reference=known.reference,
     )
 
 
@@ -183,5 +220,6 @@ def known_of(converted: Converted, repository: str) -> Known:
         toc=converted.toc,
         toc_size=converted.toc_size,
         repository=repository,
+        reference=converted.reference,
         implied=tuple(tree.path(row).decode("latin1") for row in implied),
     )
