@@ -79,3 +79,13 @@ def test_a_hostile_archive(name: str, tmp_path: Path) -> None:
     path.write_bytes(HOSTILE[name] + _END)
     with pytest.raises(NydusError, match=r"image\.tar"):
         open_archive(path)
+
+
+def test_an_archive_that_does_not_fit_when_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    path = tmp_path / "image.tar.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+    with pytest.raises(BackendError, match=r"TMPDIR.*No space left"):
+        open_archive(path)

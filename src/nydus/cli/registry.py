@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from nydus.cli.lazy import Ended
+
 
 @click.command()
 @click.argument("root", type=click.Path(file_okay=False, path_type=Path))
@@ -27,10 +29,10 @@ def registry(root: Path, address: str, throttle: float | None) -> None:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or root}: {error.strerror}") from error
-    click.echo(f"serving {root} on http://{server.host}", err=True)
     try:
+        click.echo(f"serving {root} on http://{server.host}", err=True)
         server.serve_forever()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         pass
     finally:
         server.stop()

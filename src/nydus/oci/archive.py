@@ -112,6 +112,12 @@ def _inflated(path: str | os.PathLike[str]) -> IO[bytes]:
         try:
             while piece := opened.read(1 << 20):
                 plain.write(piece)
+        except OSError as error:
+            plain.close()
+            if error.errno is None:  # of the codec
+                raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error
+            what = f"cannot be unpacked in {tempfile.gettempdir()} (TMPDIR): {error.strerror}"
+            raise BackendError(f"{path}: {what}", permanent=True) from error
         except Exception as error:  # each codec has its own
             plain.close()
             raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error

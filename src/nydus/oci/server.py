@@ -2,20 +2,15 @@
 
 For tests, demonstrations and air-gapped machines: no sign-in, no garbage collection. It can slow itself down
 to the speed of a given link and keeps count of what it sends.
-
-On disk: ``blobs/sha256/<hex>`` holds every blob and manifest once; ``repositories/<name>/`` has
-``_blobs/<hex>`` (what the repository may give out), ``_manifests/<hex>`` (holding the media type) and
-``_tags/<tag>`` (holding the digest).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -32,9 +27,11 @@ import msgspec
 from nydus.errors import ConfigError, NydusError
 from nydus.oci import model
 from nydus.oci.reference import PATH, TAG
+from nydus.oci.store import SHA256, Refusal, Session, Store
 
-_SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
-_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_CHUNK = re.compile(rb"[0-9a-fA-F]{1,15}")
 _PIECE = 1 << 20
 #: Between two pieces of a throttled answer, so that the rate is smooth.
 _THROTTLED_PIECE = 16 << 10
@@ -83,7 +80,8 @@ class RegistryServer:
         throttle_bytes_per_second: speed of the whole link in sending; None is no limit. May be set later.
 
     Raises:
-        ConfigError: the address is wrong or taken.
+        ConfigError: the address is wrong or taken, or the folder is used by another server or holds
+            something else.
     """
 
     #: What answers the requests of one connection.
@@ -95,14 +93,18 @@ class RegistryServer:
         address: str = "127.0.0.1:0",
         throttle_bytes_per_second: float | None = None,
     ) -> None:
-        self.store = Store(Path(root))
         self.counters = Counters()
         self.throttle_bytes_per_second = throttle_bytes_per_second
         self._lock = threading.Lock()
         host, colon, port = address.rpartition(":")
-        if not colon or not port.isdigit():
+        if not colon or not port.isdecimal() or int(port) > 0xFFFF:
             raise ConfigError(f"{address!r} is not host:port")
         self._server = _Server((host.strip("[]"), int(port)), self)
+        try:
+            self.store = Store(Path(root))
+        except BaseException:
+            self._server.server_close()
+            raise
         self.host = f"{host}:{self._server.server_address[1]}"
         self._thread: threading.Thread | None = None
 
@@ -151,84 +153,13 @@ class RegistryServer:
             self._thread.join()
         self._server.server_close()
         self._server.close_connections()
+        self.store.close()
 
     def __enter__(self) -> RegistryServer:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-class Refusal(Exception):
-    """An answer with an error code of the distribution specification."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-
-class Store:
-    """The folder of a registry."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.blobs = root / "blobs" / "sha256"
-        self.uploads = root / "uploads"
-        shutil.rmtree(self.uploads, ignore_errors=True)
-        self.blobs.mkdir(parents=True, exist_ok=True)
-        self.uploads.mkdir(parents=True)
-        self.sessions: dict[str, Session] = {}
-
-    def repository(self, name: str) -> Path:
-        return self.root / "repositories" / name
-
-    def repositories(self) -> list[str]:
-        base = self.root / "repositories"
-        return sorted(str(found.parent.relative_to(base)) for found in base.rglob("_manifests"))
-
-    def link(self, name: str, kind: str, entry: str, content: str = "") -> None:
-        folder = self.repository(name) / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = self.uploads / uuid.uuid4().hex
-        aside.write_text(content)
-        aside.replace(folder / entry)
-
-    def has_blob(self, name: str, hexdigest: str) -> bool:
-        return (self.repository(name) / "_blobs" / hexdigest).exists()
-
-    def resolve(self, name: str, reference: str) -> tuple[str, str, Path]:
-        """Digest, media type and file of a manifest."""
-        folder = self.repository(name)
-        match = _SHA256.fullmatch(reference)
-        try:
-            digest = reference if match else (folder / "_tags" / reference).read_text()
-            hexdigest = digest.removeprefix("sha256:")
-            return digest, (folder / "_manifests" / hexdigest).read_text(), self.blobs / hexdigest
-        except OSError:
-            what = "manifest" if folder.exists() else "repository"
-            code = "MANIFEST_UNKNOWN" if folder.exists() else "NAME_UNKNOWN"
-            raise Refusal(404, code, f"{what} unknown: {name}:{reference}") from None
-
-
-class Session:
-    """An upload that has begun."""
-
-    def __init__(self, folder: Path) -> None:
-        self.id = uuid.uuid4().hex
-        self.path = folder / self.id
-        self.file = open(self.path, "wb")  # noqa: SIM115
-        self.hash = hashlib.sha256()
-        self.size = 0
-        self.lock = threading.Lock()
-
-    def add(self, data: bytes) -> None:
-        self.file.write(data)
-        self.hash.update(data)
-        self.size += len(data)
-
-    def drop(self) -> None:
-        self.file.close()
-        self.path.unlink(missing_ok=True)
 
 
 class _Server(ThreadingHTTPServer):
@@ -291,12 +222,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.registry.count(requests=1)
-        self._unread = int(self.headers.get("Content-Length") or 0)
+        length = self.headers.get("Content-Length") or "0"
+        self._unread = int(length) if _LENGTH.fullmatch(length) else 0
         self._chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
+        self._begun = False
         try:
+            if not _LENGTH.fullmatch(length):
+                self.close_connection = True
+                raise Refusal(400, "SIZE_INVALID", f"not a Content-Length: {length[:40]!r}")
             self.route()
         except Refusal as refusal:
             self.refuse(refusal)
+        except (ConnectionError, TimeoutError):
+            raise
+        except OSError as error:  # of the disk
+            if self._begun:
+                raise
+            self.close_connection = True
+            status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+            self.refuse(Refusal(status, "UNKNOWN", f"the registry cannot store this: {error.strerror}"))
         self._drain()
         self.wfile.flush()
 
@@ -328,14 +272,14 @@ class Handler(BaseHTTPRequestHandler):
         action(name, more or "" if entry == "uploads" else entry)
 
     def _digest(self, text: str) -> str:
-        if not _SHA256.fullmatch(text):
+        if not SHA256.fullmatch(text):
             raise Refusal(400, "DIGEST_INVALID", f"not a sha256 digest: {text!r}")
         return text
 
     # Manifests
 
     def manifest(self, name: str, reference: str) -> None:
-        if not _SHA256.fullmatch(reference) and not TAG.fullmatch(reference):
+        if not SHA256.fullmatch(reference) and not TAG.fullmatch(reference):
             raise Refusal(400, "MANIFEST_INVALID", f"neither a tag nor a digest: {reference!r}")
         store = self.registry.store
         if self.command in ("GET", "HEAD"):
@@ -500,7 +444,7 @@ class Handler(BaseHTTPRequestHandler):
         store = self.registry.store
         mount, source = self.query.get("mount", [""])[0], self.query.get("from", [""])[0]
         hexdigest = mount.partition(":")[2]
-        if _SHA256.fullmatch(mount) and PATH.fullmatch(source) and store.has_blob(source, hexdigest):
+        if SHA256.fullmatch(mount) and PATH.fullmatch(source) and store.has_blob(source, hexdigest):
             store.link(name, "_blobs", hexdigest)
             return self._stored(name, mount)
         session = Session(store.uploads)
@@ -569,7 +513,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._unread -= len(piece)
                 yield piece
             return
-        while size := int(self.rfile.readline(100).split(b";")[0], 16):
+        while size := self._chunk_size():
             while size:
                 piece = self.rfile.read1(min(size, _PIECE))
                 if not piece:
@@ -581,6 +525,12 @@ class Handler(BaseHTTPRequestHandler):
             pass
         self._chunked = False
 
+    def _chunk_size(self) -> int:
+        text = self.rfile.readline(100).partition(b";")[0].strip()
+        if not _CHUNK.fullmatch(text):
+            raise ConnectionResetError
+        return int(text, 16)
+
     def _drain(self) -> None:
         """An answer given before the body was read: the next request begins only after it."""
         if self._chunked or self._unread > _PIECE:
@@ -590,6 +540,7 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
     def _start(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self._begun = True
         self.send_response(status)
         if status != 204:
             self.send_header("Content-Length", str(length))
