@@ -209,6 +209,50 @@ def test_a_complete_blob_is_given_to_the_kernel_as_it_is(
     assert client.metrics(mountpoint="/2")["data_read"] == read
 
 
+@pytest.mark.parametrize("order", ["evil first", "good first"])
+@pytest.mark.parametrize("registry", ["the same", "its own"])
+def test_a_lying_image_does_not_spoil_a_blob_for_others(
+    shared: Nydusd, tmp_path: Path, order: str, registry: str
+) -> None:
+    """It names the blob of another image, but has other digests, and maybe bytes that fit them."""
+
+    def build(name: str, content: bytes) -> tuple[Path, Path]:
+        source, blobs = tmp_path / name / "source", tmp_path / name / "blobs"
+        source.mkdir(parents=True)
+        blobs.mkdir()
+        (source / "file").write_bytes(content)
+        program = "from nydus.cli.nydus_image import main; main()"
+        command = [sys.executable, "-c", program, "create", str(source), "--compressor", "none"]
+        command += ["--bootstrap", str(tmp_path / name / "boot"), "--blob-dir", str(blobs)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+        return tmp_path / name / "boot", next(blobs.iterdir())
+
+    good, good_blob = build("good", b"good" * 100_000)
+    evil, evil_blob = build("evil", b"evil" * 100_000)
+    evil.write_bytes(evil.read_bytes().replace(evil_blob.name.encode(), good_blob.name.encode()))
+    evil_blob.rename(evil_blob.with_name(good_blob.name))
+    ours = localfs_config(good_blob.parent, tmp_path / "cache")
+    theirs = ours if registry == "the same" else localfs_config(evil_blob.parent, tmp_path / "cache")
+
+    def read(number: int) -> bytes:
+        try:
+            return (shared.mountpoint / str(number) / "file").read_bytes()
+        except OSError:
+            return b"an error"
+
+    mounts = [(1, good, ours), (2, evil, theirs)]
+    for number, bootstrap, config in mounts if order == "good first" else mounts[::-1]:
+        shared.client.mount(f"/{number}", bootstrap, config)
+    evil_bytes = b"an error" if registry == "the same" else b"evil" * 100_000
+    for number in (2, 1) if order == "evil first" else (1, 2):
+        assert read(number) == (b"good" * 100_000 if number == 1 else evil_bytes)
+    # What is in the cache now, and is given to the kernel as it is.
+    for number, bootstrap, config in mounts:
+        shared.client.umount(f"/{number}")
+        shared.client.mount(f"/{number}", bootstrap, config)
+    assert (read(1), read(2)) == (b"good" * 100_000, evil_bytes)
+
+
 def test_a_bootstrap_on_tmpfs_is_mounted(image: Image, shared: Nydusd, tmp_path: Path) -> None:
     memory = Path(f"/dev/shm/nydus-test-{os.getpid()}")
     memory.write_bytes(image.bootstrap.read_bytes())

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from nydus.daemon.image import Image
@@ -31,6 +31,7 @@ class _Device:
     image: Image | None
     owner: int  # number of the instance whose bootstrap and configuration describe the blob
     blob: int
+    users: set[int] = field(default_factory=set)  # numbers of the instances that asked for it
 
 
 class Owner(NamedTuple):
@@ -107,6 +108,7 @@ class Devices:
                 node = self.next_node
                 self.next_node += 1
                 device = self._add(node, image, blob, owner, image.device_size(blob), 0)
+            device.users.add(owner)
             return device.file
 
     def path(self, file: File) -> str:
@@ -124,27 +126,30 @@ class Devices:
                 for node, d in self._by_node.items()
             ]
 
-    def collect(self, used: set[int]) -> set[int]:
-        """Gives up the files that are neither open in the kernel nor among the ``used`` nodes.
+    def collect(self, used: set[int], alive: set[int]) -> tuple[Callable[[], None], set[int]]:
+        """Forgets the files that are neither open in the kernel, nor among the ``used`` nodes, nor asked for
+        by an instance that is ``alive`` (it may be about to have them opened).
 
         Returns:
-            numbers of the instances that still own a file.
+            What gives them up; it may wait for the kernel. And the instances that still own a file.
         """
-        dropped = []
+        dropped: list[_Device] = []
         with self._lock:
             for node, device in list(self._by_node.items()):
-                if device.file.opens == 0 and node not in used:
+                if device.file.opens == 0 and node not in used and not device.users & alive:
                     del self._by_node[node]
                     self._by_key.pop(device.key, None)
                     dropped.append(device)
             owners = {device.owner for device in self._by_node.values()}
+        return lambda: self._give_up(dropped), owners
+
+    def _give_up(self, dropped: list[_Device]) -> None:
         for device in dropped:
             assert self.blobfs is not None
             self.blobfs.remove(device.file.node)
             if device.image is not None:
                 with suppress(NydusError, OSError):
                     device.image.release_cache(device.blob)
-        return owners
 
     def _use(self, blobfs: BlobFs) -> None:
         self.blobfs = blobfs

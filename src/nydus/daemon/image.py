@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
 from nydus import rafs
 from nydus.daemon import metadata
 from nydus.daemon.config import DaemonConfig
+from nydus.errors import FormatError, NydusError
 from nydus.rafs import blobmeta
 from nydus.rafs.blobmeta import ChunkMap
-from nydus.rafs.model import Array, BlobFeature, BlobInfo, Super, Tree
+from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, Super, Tree
 from nydus.storage import backends
 from nydus.storage.backend import Backend
 
 if TYPE_CHECKING:
     from nydus.storage.cache import BlobCache
+
+log = logging.getLogger(__name__)
+
+_UNKNOWN = np.void(bytes(32))
 
 
 class _Closing(Protocol):
@@ -59,10 +67,11 @@ class Shared(Generic[T]):
 
 
 class OpenCache:
-    """An open cache with the backend it reads from."""
+    """An open cache with the backend it reads from, and what the images that share it know of its chunks."""
 
     def __init__(self, cache: BlobCache, release_backend: Callable[[], None]) -> None:
         self.cache = cache
+        self.knowledge: list[Callable[[], Array]] = []
         self._release_backend = release_backend
 
     def close(self) -> None:
@@ -99,6 +108,11 @@ class Image:
         self._make_backend = lambda: backends.create(backend.type, backend.config)
         self.backend = pool.backends.acquire(self._backend_key, self._make_backend)
         self._introduced: dict[int, weakref.ref[BlobCache]] = {}
+        self._apart: set[int] = set()
+        self._identity = str(self.metadata.path)
+        with suppress(OSError):  # a path may lead to another bootstrap later
+            info = self.metadata.path.stat()
+            self._identity += f" {info.st_dev} {info.st_ino} {info.st_mtime_ns}"
 
     @property
     def blobs(self) -> list[BlobInfo]:
@@ -108,7 +122,7 @@ class Image:
         """Names the bytes of a blob: images with the same key share one cache and one file of blobfs."""
         info = self.blobs[blob]
         # Without blob.meta an image only knows the chunks it uses itself: nothing another one could share.
-        alone = str(self.metadata.path) if self._without_meta(info) else ""
+        alone = self._identity if self._without_meta(info) or blob in self._apart else ""
         return f"{self._backend_key} {self.work_dir.resolve()} {info!r} {alone}"
 
     def device_size(self, blob: int) -> int:
@@ -122,19 +136,40 @@ class Image:
         """The cache of a blob; give it back with :meth:`release_cache`. Waits for nothing.
 
         Raises:
-            NydusError: the image disagrees with another, that has it open, about the blob's chunks.
+            NydusError: the bootstrap cannot be read any more.
         """
-        cache = self._pool.caches.acquire(self.key(blob), lambda: self._make_cache(blob)).cache
+        opened = self._pool.caches.acquire(self.key(blob), lambda: self._make_cache(blob))
+        cache = opened.cache
         known = self._introduced.get(blob)
         if known is None or known() is not cache:
             # Made by another image, perhaps, which does not know all the chunks that this one uses.
             try:
-                cache.add_digests(lambda chunks: self._add_digests(chunks, blob))
-            except BaseException:
+                self._introduce(opened, blob)
+            except BaseException as error:
                 self.release_cache(blob)
-                raise
+                if not isinstance(error, NydusError) or blob in self._apart:
+                    raise
+                # One of the two lies; whoever asks first must not be able to spoil the blob for others.
+                log.warning("%s shares blob %s with nobody: %s", self.bootstrap, self.blobs[blob].id, error)
+                self._apart.add(blob)
+                return self.open_cache(blob)
             self._introduced[blob] = weakref.ref(cache)
         return cache
+
+    def _introduce(self, opened: OpenCache, blob: int) -> None:
+        mine = self._known(blob)
+        for theirs in opened.knowledge:
+            _require_agreement(mine, theirs())
+        opened.cache.add_digests(lambda chunks: self._add_digests(chunks, blob))
+        opened.knowledge.append(lambda: self._known(blob))
+
+    def _known(self, blob: int) -> Array:
+        """The chunk table's records of a blob."""
+        if not self.head.chunk_table[1]:
+            return np.zeros(0, CHUNK)
+        records = self._records()
+        known: Array = records[records["blob_index"] == blob]
+        return known
 
     def release_cache(self, blob: int) -> None:
         self._pool.caches.release(self.key(blob))
@@ -162,7 +197,9 @@ class Image:
             meta_id=self.bootstrap.name.partition(".")[0] if separate else "",
         )
         self._introduced[blob] = weakref.ref(cache)
-        return OpenCache(cache, lambda: self._pool.backends.release(self._backend_key))
+        opened = OpenCache(cache, lambda: self._pool.backends.release(self._backend_key))
+        opened.knowledge.append(lambda: self._known(blob))
+        return opened
 
     def tree(self) -> Tree:
         """The whole tree. Raises FormatError."""
@@ -189,3 +226,14 @@ class Image:
 
     def _records(self) -> Array:
         return rafs.v6.read_chunk_table(self.metadata.read(), self.head, str(self.bootstrap))
+
+
+def _require_agreement(one: Array, other: Array) -> None:
+    """Raises FormatError where two chunk tables say different things of a chunk."""
+    _, left, right = np.intersect1d(one["index"], other["index"], return_indices=True)
+    known = (one["digest"][left] != _UNKNOWN) & (other["digest"][right] != _UNKNOWN)
+    for name in ("digest", "uoffset", "usize"):
+        wrong = known & (one[name][left] != other[name][right])
+        if wrong.any():
+            chunk = int(one["index"][left][np.argmax(wrong)])
+            raise FormatError(f"another image has another {name} of chunk {chunk}")

@@ -32,11 +32,16 @@ class ImagePrefetch:
 
     def __init__(self, image: Image, files: list[str] | None) -> None:
         self._image, self._files = image, files
-        self._caches = [image.open_cache(blob) for blob in range(len(image.blobs))]
+        self._caches: list[BlobCache] = []
         self._stop = threading.Event()
         self._prefetcher: Prefetcher | None = None
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
+        try:
+            for blob in range(len(image.blobs)):
+                self._caches.append(image.open_cache(blob))
+            threading.Thread(target=self._run, name="prefetch", daemon=True).start()
+        except BaseException:
+            self._release()
+            raise
 
     def metrics(self) -> dict[str, Any]:
         return self._prefetcher.metrics() if self._prefetcher is not None else {}
@@ -66,8 +71,11 @@ class ImagePrefetch:
         except NydusError as error:
             log.warning("nothing is fetched ahead of %s: %s", self._image.bootstrap, error)
         finally:
-            for blob in range(len(self._caches)):
-                self._image.release_cache(blob)
+            self._release()
+
+    def _release(self) -> None:
+        for blob in range(len(self._caches)):
+            self._image.release_cache(blob)
 
     def _wait_for_idleness(self) -> None:
         """A container that starts needs the link for itself."""

@@ -37,6 +37,7 @@ INIT, READY, RUNNING, STOPPED = "INIT", "READY", "RUNNING", "STOPPED"
 _EXISTS = "object or filesystem already exists"
 _MISSING = "object or filesystem doesn't exist"
 _MAX_INSTANCES = 4096
+_SETTLE = 2.0  # seconds that requests get to finish at the end
 _RUNTIME_KEYS = {"registry_auth", "proxy_url", "dragonfly_scheduler_endpoint"}
 
 
@@ -186,6 +187,10 @@ class Daemon:
             self.state = STOPPED
         if keep_mounts:
             return
+        # What is just being mounted would stay behind. Nothing new begins now.
+        end = time.monotonic() + _SETTLE
+        while self._busy and time.monotonic() < end:
+            time.sleep(0.01)
         for instance in self.instances().values():
             if instance.prefetch is not None:
                 instance.prefetch.close()
@@ -282,8 +287,9 @@ class Daemon:
         """Notices what was unmounted from outside. False when a dedicated daemon has lost its only mount."""
         if self.state != RUNNING:
             return True
+        known = self.instances()  # before the table: what is mounted meanwhile is not in it
         present = {mount.id for mount in table.read()}
-        for mountpoint, instance in self.instances().items():
+        for mountpoint, instance in known.items():
             if instance.mount_id and instance.mount_id not in present and mountpoint not in self._busy:
                 log.info("%s was unmounted from outside", instance.state.path)
                 self._gone(instance)
@@ -319,8 +325,10 @@ class Daemon:
         self._dirty.set()
         with self._lock:
             if self._collector is None:
-                self._collector = threading.Thread(target=self._collect, name="collector", daemon=True)
-                self._collector.start()
+                collector = threading.Thread(target=self._collect, name="collector", daemon=True)
+                with suppress(RuntimeError):  # no thread to be had: the next change tries again
+                    collector.start()
+                    self._collector = collector
 
     def _collect(self) -> None:
         while True:
@@ -330,9 +338,10 @@ class Daemon:
             with self._lock:
                 if self.state != RUNNING:
                     continue
-                alive = [instance for instance in self._instances.values() if instance.alive]
-                used = {node for i in alive for node in i.state.nodes}
-            owners = self.devices.collect(used)
+                alive = {number: i for number, i in self._instances.items() if i.alive}
+                used = {node for instance in alive.values() for node in instance.state.nodes}
+                give_up, owners = self.devices.collect(used, set(alive))
+            give_up()
             with self._lock:
                 for number, instance in list(self._instances.items()):
                     if not instance.alive and number not in owners:
@@ -514,7 +523,10 @@ class Daemon:
     @staticmethod
     def _fetch_ahead(instance: Instance) -> None:
         if instance.image.config.fs_prefetch.enable:
-            instance.prefetch = ImagePrefetch(instance.image, instance.state.prefetch_files)
+            try:
+                instance.prefetch = ImagePrefetch(instance.image, instance.state.prefetch_files)
+            except (NydusError, RuntimeError) as error:  # the latter where there are no more threads
+                log.warning("nothing is fetched ahead of %s: %s", instance.image.bootstrap, error)
 
     def _apply(self, mountpoint: str, values: dict[str, str]) -> None:
         instance = self.instances().get(mountpoint)
