@@ -103,6 +103,30 @@ def test_a_killed_daemon_gives_errors_and_the_same_command_heals(image: Image, t
             assert again.mounts() == []
 
 
+def test_a_complete_blob_is_checked_after_an_unclean_stop(image: Image, tmp_path: Path) -> None:
+    config = localfs_config(image.blobs, tmp_path / "cache")
+    with Nydusd(tmp_path / "1") as daemon:
+        daemon.client.mount("/1", image.bootstrap, config)
+        for file in image.files:
+            (daemon.mountpoint / "1" / file).read_bytes()
+        chunk_map = tmp_path / "cache" / f"{image.blob.name}.blob.data.chunk_map"
+        end = time.monotonic() + 20
+        while chunk_map.read_bytes()[12:16] != b"PAMM":  # all chunks are on the disk
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    # Killed: nothing says that they were checked.
+    with Nydusd(tmp_path / "2") as daemon:
+        daemon.client.mount("/1", image.bootstrap, config)
+        assert daemon.client.info()["backend_collection"]["/1"]["plain_blobs"] == 0
+        end = time.monotonic() + 20
+        while "checked after an unclean stop, 0 chunks were wrong" not in daemon.log.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        daemon.client.mount("/2", image.bootstrap, config)
+        assert daemon.client.info()["backend_collection"]["/2"]["plain_blobs"] == 1
+        assert daemon.stop() == 0
+
+
 def test_a_living_mount_is_refused(image: Image, tmp_path: Path) -> None:
     config = localfs_config(image.blobs, tmp_path / "cache")
     with Nydusd.of(tmp_path, image.bootstrap, config) as daemon:

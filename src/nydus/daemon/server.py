@@ -24,6 +24,7 @@ from nydus.daemon.image import Image, Pool
 from nydus.daemon.options import Options
 from nydus.daemon.prefetch import ImagePrefetch
 from nydus.daemon.state import FileState, InstanceState, State
+from nydus.daemon.verify import verify
 from nydus.errors import MountError, NydusError
 from nydus.mount import erofs, probe, syscalls, table
 
@@ -179,6 +180,7 @@ class Daemon:
             if instance.state.provider == "fuse":
                 self._remount_fuse(instance)
             self._fetch_ahead(instance)
+            verify(instance.image)
         self._on_change()
 
     def stop(self, *, keep_mounts: bool = False) -> None:
@@ -242,6 +244,7 @@ class Daemon:
                 self._remove_directories(mountpoint)
                 raise
         self._fetch_ahead(instance)
+        verify(image)
         state = instance.state
         log.info("mounted %s at %s by %s (%s)", source, state.path, state.provider, state.reason)
 

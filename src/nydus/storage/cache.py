@@ -198,7 +198,7 @@ class BlobCache:
         return opened.store.path
 
     def verify(self) -> int:
-        """Check all chunks that an unclean stop left in doubt.
+        """Check all chunks that an unclean stop left in doubt. Stands back while readers wait.
 
         Returns:
             the number of chunks found wrong; they will be fetched again when they are read.
@@ -211,6 +211,8 @@ class BlobCache:
         while row >= 0 and not self._closing.is_set():
             wrong += self._check_suspect(opened, row) is None
             row = opened.states.find(SUSPECT, row + 1)
+            while self.busy and not self._closing.wait(0.05):
+                pass
         return wrong
 
     def add_digests(self, digests: Callable[[ChunkMap], None]) -> None:
