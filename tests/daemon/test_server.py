@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from nydus.daemon import server
+from nydus.daemon import api, server
 from nydus.daemon.devices import Devices
+from nydus.daemon.http import Request
 from nydus.daemon.options import Options
 from nydus.daemon.server import RUNNING, Daemon, Instance
-from nydus.daemon.state import InstanceState
+from nydus.daemon.state import InstanceState, State
+from nydus.errors import NydusError
 from nydus.mount import table
 
 
@@ -98,3 +101,19 @@ def test_a_file_is_not_given_up_when_a_mount_has_just_asked_for_it() -> None:
     give_up, owners = devices.collect(set(), set())
     give_up()
     assert (fs.removed, owners) == ([file.node], set())
+
+
+def test_a_failed_takeover_holds_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Daemon(Options(tmp_path, supervisor=tmp_path / "sock"))
+    device, other = os.pipe()
+    monkeypatch.setattr(api.transfer, "pull", lambda path: (State(), (device, other)))
+
+    def refuse(*_: object) -> None:
+        raise NydusError("two images disagree")
+
+    monkeypatch.setattr(daemon, "restore", refuse)
+    handler: Any = api.ApiServer(daemon, None, None)  # type: ignore[arg-type]
+    assert handler.handle(Request("PUT", "/api/v1/daemon/fuse/takeover", {}, b"")).status == 500
+    for descriptor in (device, other):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

@@ -160,3 +160,10 @@ def test_damaged_toc() -> None:
         data = mutate(blob, rng)
         with pytest.raises(FormatError):
             toc.extract_bootstrap(lambda offset, size, data=data: data[offset : offset + size], len(data))  # type: ignore[misc]
+
+
+def test_a_chunk_table_that_would_fill_the_memory_is_refused() -> None:
+    blob = BlobInfo("a" * 64, 1 << 20, chunk_count=1_000_000, features=BlobFeature.BATCH)
+    blob.meta_uncompressed_size = 30 << 30  # which zstd makes of a few MB
+    with pytest.raises(FormatError, match="wrong size"):
+        blobmeta.check_size(blob, "")

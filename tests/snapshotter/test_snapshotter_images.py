@@ -306,6 +306,41 @@ def test_removing_everything_leaves_nothing(node: Node) -> None:
         assert list((node.root / name).rglob("*")) == [], name
 
 
+def test_an_image_that_comes_as_the_last_one_goes_keeps_the_daemon(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    daemon = images.SHARED if node.mode == "shared" else "2"
+    key_lock, came = node.images._key_lock, list[str]()
+    lower: list[Path] = []
+
+    def meanwhile(key: str) -> threading.Lock:
+        if key == daemon and not came:
+            came.append(key)
+            node.pull("two", b"other")
+            node.snapshotter.prepare("c2", "two/meta", {})
+            lower.append(node.lower("c2"))
+        return key_lock(key)
+
+    node.snapshotter.remove("c1")
+    node.snapshotter.remove("one/meta")
+    monkeypatch.setattr(node.images, "_key_lock", meanwhile)
+    node.snapshotter.cleanup()
+    # Not asked for again, which would mount it anew.
+    assert (lower[0] / "image.boot").read_bytes() == b"other"
+    assert len(node.mounts()) == 1
+
+
+def test_how_a_program_ended_is_known_whoever_starts_the_next(tmp_path: Path) -> None:
+    command = Command("/bin/false")
+    first = command.spawn([])
+    time.sleep(0.2)
+    second = command.spawn([])
+    assert command.exit_status(first) == 1
+    wait_for(lambda: command.exit_status(second) == 1)
+
+
 def test_usage_of_a_data_layer_counts_its_cache(node: Node) -> None:
     node.pull("one")
     name = f"sha256:{'d' * 64}"

@@ -440,3 +440,17 @@ def test_unknown_keys_are_named_without_their_values(
     backends.create("localfs", {"dir": str(tmp_path), "colour": "secret", "blob_file": None})
     assert "colour" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_passwords_in_addresses_are_not_logged(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="nydus")
+    away = "http://me:swordfish@127.0.0.1:1"
+    config = config_of(peer, proxy={"url": away}, mirrors=[{"host": away, "failure_limit": 1}])
+    backend = backends.create("registry", config)
+    peer.answer = blob_answer
+    assert backend.read(ID, 0, 5) == DATA[:5]
+    assert "127.0.0.1:1" in caplog.text
+    assert "swordfish" not in caplog.text
+    with pytest.raises(ConfigError) as refused:
+        backends.create("registry", config_of(peer, mirrors=[{"host": "ftp://me:swordfish@a/"}]))
+    assert "swordfish" not in str(refused.value)

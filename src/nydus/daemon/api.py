@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -187,7 +188,16 @@ class ApiServer:
         if self._daemon.state != "INIT":
             raise WrongState("Takeover")
         state, descriptors = transfer.pull(supervisor)
-        self._daemon.restore(state, *descriptors)
+        try:
+            self._daemon.restore(state, *descriptors)
+        except BaseException:
+            # An open /dev/fuse that nobody reads keeps readers waiting for ever.
+            blobfs = self._daemon.devices.blobfs
+            if blobfs is None or blobfs.device not in descriptors:
+                for descriptor in descriptors:
+                    if descriptor is not None:
+                        os.close(descriptor)
+            raise
         self._daemon.report()
 
     # Mounts

@@ -19,6 +19,8 @@ _CONTEXTS = BlobFeature.BATCH | BlobFeature.ZRAN
 _V2 = BlobFeature.CHUNK_INFO_V2
 #: A raw deflate window.
 MAX_DICTIONARY = 32768
+#: Contexts and dictionaries of a blob; enough for a gzip layer of 32 GB.
+MAX_CONTEXTS = 1 << 30
 
 _HEADER = np.dtype(
     [
@@ -343,7 +345,8 @@ def check_size(blob: BlobInfo, where: str) -> None:
     expected = blob.chunk_count * (24 if v2 else 16)
     loose = blob.features & (_CONTEXTS | BlobFeature.ENCRYPTED)
     size = blob.meta_uncompressed_size
-    limit = expected + blob.chunk_count * (40 + MAX_DICTIONARY) if loose else expected
+    contexts = min(blob.chunk_count * (40 + MAX_DICTIONARY), MAX_CONTEXTS)
+    limit = expected + contexts if loose else expected
     if not expected <= size <= max(limit, expected):
         raise FormatError(
             f"blob.meta of {blob.chunk_count} chunks has the wrong size",

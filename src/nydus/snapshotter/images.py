@@ -115,8 +115,9 @@ class Images:
             SnapshotError: the daemon failed; the text has its reason.
         """
         ready = self._ready.get(meta.id)
-        if ready is not None and ready.is_mount():
-            return ready
+        with suppress(OSError):  # of a mount whose server is dead: it is mounted again
+            if ready is not None and ready.is_mount():
+                return ready
         with self._lock:
             future = self._starting.get(meta.id)
             if future is None:
@@ -328,16 +329,13 @@ class Images:
             snapshot: at for snapshot, at in self._ready.items() if at != self._mountpoint(instance)
         }
         where = self._mountpoint(instance)
-        if others:
+        if others or not self._end_unused(instance.daemon):
             with suppress(DaemonError):
                 self._daemon(instance.daemon).client.umount(f"/{instance.id}")
             daemons.detach(where)
             with suppress(OSError):
                 where.rmdir()
             shutil.rmtree(self._directory(instance), ignore_errors=True)
-        else:
-            with self._key_lock(instance.daemon):
-                self._end(instance.daemon)
         log.info("unmounted %s", instance.image)
 
     def _recover(self, instance: Instance) -> None:
@@ -365,6 +363,14 @@ class Images:
                         self._end(path.name)
                     except (NydusError, OSError) as error:
                         log.warning("cannot end daemon %s of an earlier run: %s", path.name, error)
+
+    def _end_unused(self, name: str) -> bool:
+        """End a daemon unless another image has come to it since."""
+        with self._key_lock(name):
+            if self._database.query("SELECT 1 FROM instances WHERE daemon = ?", name):
+                return False
+            self._end(name)
+            return True
 
     def _end(self, name: str) -> None:
         """End a daemon and remove its files."""

@@ -79,8 +79,7 @@ class Command:
     def spawn(self, argv: list[str], *, log: Path | str | None = None) -> int:
         """Start one; it gets a session of its own so that it outlives us."""
         for process in list(self._running.values()):
-            if process.poll() is not None:
-                del self._running[process.pid]
+            process.poll()  # those that have ended must not stay as zombies
         with open(log or os.devnull, "ab") as output:
             process = subprocess.Popen(
                 [self._program, *argv],
@@ -94,7 +93,10 @@ class Command:
 
     def exit_status(self, pid: int) -> int | None:
         """Its return code, None while it runs."""
-        return self._running[pid].poll()
+        status = self._running[pid].poll()
+        if status is not None:
+            del self._running[pid]
+        return status
 
 
 def _launcher(config: Config, stack: ExitStack) -> Launcher:

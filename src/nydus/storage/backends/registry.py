@@ -125,7 +125,9 @@ class RegistryBackend(MeteredBackend):
             # With use_http the proxy sees the path, and speaks https to the registry for us.
             through = registry(config.host, plain or config.proxy.use_http, config.proxy.url)
             ways.append(
-                _Way(f"proxy {config.proxy.url}", through, config.repo, config.proxy.check_interval, 1)
+                _Way(
+                    f"proxy {_shown(config.proxy.url)}", through, config.repo, config.proxy.check_interval, 1
+                )
             )
             if not config.proxy.fallback:
                 return ways
@@ -133,7 +135,7 @@ class RegistryBackend(MeteredBackend):
             host, mirror_plain = _mirror(mirror)
             ways.append(
                 _Way(
-                    f"mirror {mirror.host}",
+                    f"mirror {_shown(mirror.host)}",
                     registry(host, mirror_plain, headers=mirror.headers),
                     config.repo,
                     mirror.health_check_interval,
@@ -192,11 +194,20 @@ def _credentials(auth: str | None, token: str | None) -> Credentials | None:
         raise ConfigError("registry backend: 'auth' is not base64 of user:password") from None
 
 
+def _shown(url: str) -> str:
+    """The address without a password, for the log."""
+    scheme, mark, rest = url.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
+
+
 def _mirror(mirror: MirrorConfig) -> tuple[str, bool]:
     try:
         parts = urlsplit(mirror.host if "://" in mirror.host else f"https://{mirror.host}")
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"registry backend: mirror 'host' {mirror.host!r} is not an http(s) address")
-    return parts.netloc, parts.scheme == "http"
+        raise ConfigError(
+            f"registry backend: mirror 'host' {_shown(mirror.host)!r} is not an http(s) address"
+        )
+    return parts.netloc.rpartition("@")[2], parts.scheme == "http"
