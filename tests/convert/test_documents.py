@@ -89,3 +89,21 @@ def test_an_archive_that_does_not_fit_when_unpacked(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
     with pytest.raises(BackendError, match=r"TMPDIR.*No space left"):
         open_archive(path)
+
+
+@pytest.mark.parametrize(
+    "digest", ["../../../../etc/passwd", "sha256:../../x", "md5:" + "0" * 32, "sha256:0", ""]
+)
+def test_what_an_image_calls_a_digest_leads_nowhere(digest: str, tmp_path: Path) -> None:
+    from nydus.oci.place import RegistryPlace, Source
+    from nydus.oci.reference import Reference
+
+    layout = Layout(tmp_path).create()
+    registry = RegistryPlace(Reference("127.0.0.1:1", "a", "b"), plain_http=True).open()
+    sources: list[Source] = [layout, registry]
+    for source in sources:
+        assert not source.has_blob(digest)
+        for use in (source.blob_size, lambda name, s=source: s.read_range(name, 0, 1),
+                    lambda name, s=source: s.blob(name, 1).read(1)):  # fmt: skip
+            with pytest.raises(BackendError, match="is not the digest of a blob"):
+                use(digest)

@@ -27,6 +27,8 @@ from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
 
+#: Each holds some 60 MB; images rarely have more large layers than this.
+_WORKERS = 8
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
     "application/vnd.docker.image.rootfs.",
@@ -90,7 +92,7 @@ def image(
     if platforms is not None and not platforms:
         platforms = (host_platform(),)
     name = reference_name(target)
-    with Workers(options.workers or os.cpu_count() or 1) as workers:
+    with Workers(options.workers or min(os.cpu_count() or 1, _WORKERS)) as workers:
         started = time.monotonic()
         progress.note(f"pulling image {source}")
         reader = source.open()

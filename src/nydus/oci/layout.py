@@ -17,6 +17,7 @@ import msgspec
 from nydus.errors import BackendError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor
+from nydus.oci.reference import DIGEST
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
@@ -67,7 +68,7 @@ class FileStream(io.RawIOBase):
     def __init__(self, files: Files, digest: str, size: int) -> None:
         super().__init__()
         self._files, self._digest, self._size = files, digest, size
-        self._hash = hashlib.new(digest.partition(":")[0])
+        self._hash = hashlib.new("sha512" if digest.startswith("sha512:") else "sha256")
         self.position = 0
 
     def readable(self) -> bool:
@@ -157,9 +158,11 @@ class LayoutReader:
 
     def has_blob(self, digest: str) -> bool:
         try:
-            self.files.size(blob_path(digest))
-        except KeyError:
-            return False
+            self.blob_size(digest)
+        except BackendError as error:
+            if error.status == 404:
+                return False
+            raise
         return True
 
     def has_manifest(self, reference: str) -> bool:
@@ -325,7 +328,13 @@ class FileUpload:
 
 
 def blob_path(digest: str) -> str:
-    """Where a layout keeps a blob."""
+    """Where a layout keeps a blob.
+
+    Raises:
+        BackendError: it is no digest; blob ids and annotations say what they like.
+    """
+    if not DIGEST.fullmatch(digest):
+        raise BackendError(f"{digest[:80]!r} is not the digest of a blob", permanent=True, status=404)
     return f"blobs/{digest.replace(':', '/')}"
 
 

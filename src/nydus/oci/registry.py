@@ -345,6 +345,10 @@ class Repository:
         self, method: str, digest: str, headers: dict[str, str], ok: tuple[int, ...]
     ) -> urllib3.BaseHTTPResponse:
         """Sends a blob request, following redirects; where a blob was found is kept for the next one."""
+        if not DIGEST.fullmatch(digest):  # blob ids and annotations say what they like
+            raise BackendError(
+                f"{self}: {digest[:80]!r} is not the digest of a blob", permanent=True, status=404
+            )
         transport = self.transport
         key = f"{method} {digest}"
         if known := self._locations.get(key):
@@ -442,7 +446,7 @@ class BlobStream(io.RawIOBase):
     def __init__(self, repository: Repository, digest: str, size: int | None) -> None:
         super().__init__()
         self._repository, self._digest, self._size = repository, digest, size
-        self._hash = hashlib.new(digest.partition(":")[0])
+        self._hash = hashlib.new("sha512" if digest.startswith("sha512:") else "sha256")
         self._position = 0
         self._ended = False
         self._failures, self._forgiven = 0, 0
