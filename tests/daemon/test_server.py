@@ -117,3 +117,9 @@ def test_a_failed_takeover_holds_no_connection(tmp_path: Path, monkeypatch: pyte
     for descriptor in (device, other):
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+def test_run_time_values_are_shown_without_credentials(tmp_path: Path) -> None:
+    daemon = Daemon(Options(tmp_path))
+    daemon._runtime["/1"] = {"registry_auth": "dTpw", "proxy_url": "http://user:swordfish@proxy:80/x"}
+    assert daemon.runtime("/1") == {"registry_auth": "", "proxy_url": "http://proxy:80/x"}

@@ -279,7 +279,10 @@ class Daemon:
         """Run-time values with credentials blanked; of all mounts, as ``<mountpoint>:<key>``, for None."""
         with self._lock:
             shown = {
-                name: {key: "" if key == "registry_auth" else value for key, value in values.items()}
+                name: {
+                    key: "" if key == "registry_auth" else configs.redact(value)
+                    for key, value in values.items()
+                }
                 for name, values in self._runtime.items()
             }
         if mountpoint is not None:
