@@ -44,7 +44,7 @@ _FETCHERS = 32  # threads that may wait for a backend at one time
 
 # enum fuse_opcode
 LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
-FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT = 25, 26, 27, 28, 29, 34, 36
+FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, INTERRUPT = 25, 26, 27, 28, 29, 36
 DESTROY, BATCH_FORGET, NOTIFY_REPLY = 38, 42, 41
 _SILENT = {FORGET, BATCH_FORGET, INTERRUPT, NOTIFY_REPLY}
 _NOTIFY_INVAL_ENTRY, _NOTIFY_RESEND = 3, 7
@@ -91,7 +91,7 @@ class File:
     name: str
     size: int
     label: str
-    source: Source | None
+    source: Source
     opens: int = 0
 
 
@@ -404,8 +404,7 @@ class BlobFs:
             return
         began = time.time()
         self._inflight[unique] = (node, began)
-        source = file.source
-        if source is not None and source.ready(offset, size):
+        if file.source.ready(offset, size):
             self._serve_read(unique, file, offset, size, began)
             return
         # It will wait: leave this thread to reads that need not.
@@ -441,8 +440,6 @@ class BlobFs:
         problem: Exception | None = None
         buffers: Sequence[Buffer] = []
         try:
-            if file.source is None:
-                raise OSError(errno.EIO, "its image could not be opened again")
             buffers = file.source.read(offset, size)
             if len(buffers) >= _IOV_MAX:
                 buffers = [b"".join(buffers)]
