@@ -112,6 +112,13 @@ def given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
+def tell_unused(ctx: click.Context, log: Log, names: Sequence[str], why: str) -> None:
+    """Says which of some parameters were given for nothing."""
+    for parameter in ctx.command.params:
+        if parameter.name in names and given(ctx, parameter.name):
+            log.warning(f"{parameter.opts[0]} has no effect {why}")
+
+
 def duration(text: str) -> float:
     """Seconds of a Go duration such as ``1m30s``.
 

@@ -56,7 +56,7 @@ class _Type(click.ParamType[str]):
 @click.option("-B", "--bootstrap", metavar="FILE", help="Where the bootstrap goes.")
 @click.option("-D", "--blob-dir", metavar="DIR", help="Put blob (and bootstrap) here, named by their sha256.")
 @click.option("-b", "--blob", metavar="FILE", help="Where the blob goes: a file or a FIFO.")
-@click.option("--external-blob", metavar="FILE", help="Where metadata of external files goes.")
+@click.option("--external-blob", metavar="FILE", help="Not written: no file is external.")
 @click.option(
     "--blob-inline-meta",
     "--inline-bootstrap",
@@ -82,7 +82,7 @@ class _Type(click.ParamType[str]):
 )  # fmt: skip
 @click.option("--compressor", type=click.Choice(["none", "lz4_block", "zstd"]), help="[default: zstd]")
 @click.option("--digester", type=click.Choice(["blake3", "sha256"]), help="[default: blake3]")
-@click.option("-C", "--config", metavar="FILE", help="Configuration of the storage of existing blobs.")
+@click.option("-C", "--config", metavar="FILE", help="Not used: no existing blob is read.")
 @click.option("-v", "--fs-version", type=click.Choice(["5", "6"]), default="6", show_default=True)
 @click.option("--features", type=click.Choice(["blob-toc"]), help="End the blob with a table of contents.")
 @click.option("--chunk-dict", metavar="[bootstrap=]FILE", help="Refer to the chunks of this image.")
@@ -156,6 +156,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             dictionary=_load(given["chunk_dict"], True),
             parent=_load(given["parent_bootstrap"], False),
         )
+    _tell_unused(given)
     if given["attributes"]:
         raise ConfigError("--attributes: files that lie in other blobs are not supported")
     _create(given, options, prefetch, trace)
@@ -198,6 +199,21 @@ def _check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
             f"{kind} has no --blob-cache-dir",
         )
     require(len(given["blob_id"] or "") <= 255, "--blob-id is longer than 255 characters")
+
+
+def _tell_unused(given: dict[str, Any]) -> None:
+    """Options of callers of the reference that change nothing here."""
+    if given["external_blob"]:
+        log.warning(
+            "--external-blob: no file of the image is external, so that %s is not written",
+            given["external_blob"],
+        )
+    if given["config"]:
+        log.warning("--config has no effect: no existing blob is read")
+    if given["blob_offset"]:
+        log.warning("--blob-offset has no effect")
+    if given["blob_data_size"] is not None and given["kind"] != "estargztoc-ref":
+        log.warning("--blob-data-size has no effect for type %s", given["kind"])
 
 
 def _load(argument: str | None, dictionary: bool) -> Any:

@@ -20,6 +20,7 @@ from nydus.cli.gostyle import (
     option,
     reporting,
     tell_environment,
+    tell_unused,
 )
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
@@ -34,11 +35,24 @@ _NOT_YET = (
 )
 
 
+#: What says how a Nydus image is made.
+_OF_NYDUS = (
+    "merge_platform", "oci_ref", "with_referrer", "oci", "fs_version", "fs_chunk_size", "batch_size",
+    "compressor", "fs_align_chunk", "backend_aligned_chunk", "prefetch_dir", "prefetch_patterns",
+    "chunk_dict", "chunk_dict_insecure", "build_cache", "build_cache_tag", "build_cache_version",
+    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse",
+)  # fmt: skip
+_OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
+_OF_BACKEND = ("backend_config", "backend_config_file", "backend_force_push")
+_OF_SOURCE = ("source_insecure",)
+_OF_TARGET = ("target_insecure", "push_chunk_size")
+
+
 @click.command(cls=GoCommand, short_help="Convert an image to a Nydus image.")
 @option("--source", env="SOURCE", required=True, help="Reference, or containerd://NAMESPACE/REFERENCE.")
 @option("--target", env="TARGET", help="Reference to push the Nydus image to.")
 @option("--target-suffix", env="TARGET_SUFFIX", help="Push to the source reference with this appended.")
-@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help="Read this tar file; pull nothing.")
+@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help="Read this tar file or OCI layout.")
 @option(
     "--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help="Write this tar file; push nothing."
 )
@@ -142,11 +156,23 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     target = _target(values, reference)
     if given(ctx, "nydus_image"):
         log.warning("--nydus-image is not used: the builder is built in")
+    for unused, names, why in (
+        (values["reverse"], _OF_NYDUS, "with --reverse"),
+        (values["all_platforms"], ("platform",), "with --all-platforms"),
+        (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
+        (not values["chunk_dict"], ("chunk_dict_insecure",), "without --chunk-dict"),
+        (not values["backend_type"], _OF_BACKEND, "without --backend-type"),
+        (values["source_archive"] or stored, _OF_SOURCE, "on a source that is not in a registry"),
+        (values["target_archive"], _OF_TARGET, "with --target-archive"),
+    ):
+        if unused:
+            tell_unused(ctx, log, names, why)
     if values["docker_v2_format"]:
         log.warning("--docker-v2-format is deprecated")
     source: SourcePlace
     if values["source_archive"]:
-        source = ArchivePlace(Path(values["source_archive"]), name=str(reference))
+        path = Path(values["source_archive"])
+        source = (LayoutPlace if path.is_dir() else ArchivePlace)(path, name=str(reference))
     elif stored:
         source = stored
     else:
