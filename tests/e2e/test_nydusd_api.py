@@ -114,9 +114,15 @@ def test_refusals(dedicated: Nydusd) -> None:
     assert refusal(client, "PUT", "/api/v1/config", {"colour": "red"}, id="/")[0] == 500
 
 
-def test_the_log_level_changes(dedicated: Nydusd) -> None:
-    dedicated.client.request("PUT", "/api/v1/daemon", {"log_level": "debug"})
-    dedicated.client.request("PUT", "/api/v2/daemon", {"log_level": "info"})
+def test_the_log_level_changes(image: Image, shared: Nydusd, tmp_path: Path) -> None:
+    config = localfs_config(image.blobs, tmp_path / "cache")
+    shared.client.request("PUT", "/api/v1/daemon", {"log_level": "error"})
+    shared.client.mount("/quiet", image.bootstrap, config)
+    shared.client.request("PUT", "/api/v2/daemon", {"log_level": "info"})
+    shared.client.mount("/told", image.bootstrap, config)
+    log = shared.log.read_text()
+    assert "/told" in log
+    assert "/quiet" not in log
 
 
 def test_a_mount_error_says_what_is_wrong(image: Image, shared: Nydusd, tmp_path: Path) -> None:
