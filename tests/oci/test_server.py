@@ -116,3 +116,33 @@ def test_the_command_ends_when_told(tmp_path: Path) -> None:
     process.terminate()
     assert process.communicate(timeout=10)[1] == ""
     assert process.returncode == 0
+
+
+def test_a_cancelled_upload_does_not_wait_for_a_registry_that_hangs(tmp_path: Path) -> None:
+    import threading
+    import time
+
+    from nydus.oci.server import Handler
+
+    hang, held = threading.Event(), threading.Event()
+
+    class Hanging(Handler):
+        def route(self) -> None:
+            if self.command == "PATCH":
+                held.set()
+                hang.wait(30)
+            super().route()
+
+    class Server(RegistryServer):
+        handler = Hanging
+
+    with Server(tmp_path) as server:
+        upload = Registry(server.host, plain_http=True).repository("a").upload()
+        writing = threading.Thread(target=lambda: upload.write(bytes(8 << 20)))
+        writing.start()
+        assert held.wait(10)
+        writing.join(10)
+        started = time.monotonic()
+        upload.cancel()
+        assert time.monotonic() - started < 6
+        hang.set()

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -56,9 +57,10 @@ class Workers:
                     process.stdin.close()
             if process.poll() is None:
                 process.terminate()
+        deadline = time.monotonic() + _PATIENCE
         for process in self._processes:
             try:
-                process.wait(_PATIENCE)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

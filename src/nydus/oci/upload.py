@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import threading
@@ -20,6 +21,8 @@ _WHOLE = 4 << 20
 _PIECE = 256 << 10
 _PIECES_WAITING = 16
 _STALL = 60.0
+#: How long one that is cancelled waits for the registry.
+_PATIENCE = 2.0
 #: A registry may need long to check the digest of a large blob.
 _COMMIT = 300.0
 #: However large a registry says that chunks must be: they are held in memory.
@@ -109,8 +112,11 @@ class Upload:
         """Stops sending and has the registry drop what it got."""
         self._finished = self._cancelled = True
         if self._sender is not None:
-            self._offer(None)
-            self._sender.join()
+            with contextlib.suppress(queue.Full):  # a sender that has pieces left sees the flag
+                self._queue.put_nowait(None)
+            self._sender.join(_PATIENCE)
+            if self._sender.is_alive():
+                return  # the registry does not answer; the thread ends with its time limit
         if self._location:
             self._repository.abandon(self._location)
 
@@ -135,15 +141,13 @@ class Upload:
     def _offer(self, piece: bytes | None) -> None:
         """Gives a piece to the sender, or raises what it died of."""
         while True:
-            if self._failure and not self._cancelled:
+            if self._failure:
                 raise self._failure
             try:
                 self._queue.put(piece, timeout=0.2)
                 return
             except queue.Full:
                 if self._sender is not None and not self._sender.is_alive():
-                    if self._cancelled:
-                        return
                     raise self._failure or BackendError(f"{self._repository}: the upload stopped") from None
 
     def _send(self) -> None:
