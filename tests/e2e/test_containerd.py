@@ -146,7 +146,7 @@ def test_an_image_that_cannot_be_mounted_says_why(node: Node, images: dict[str, 
     bootstrap.write_bytes(b"\0" * 8192)
     pod = node.cri.pod()
     started = time.monotonic()
-    with pytest.raises(CriError, match="not a RAFS bootstrap"):
+    with pytest.raises(CriError, match="neither a bootstrap nor a blob with one"):
         pod.run(images["v6-zstd"])
     assert time.monotonic() - started < 5
     assert not node.containerd.ctr("snapshots", "--snapshotter", "nydus", "ls").stdout.count("Active") > 1
