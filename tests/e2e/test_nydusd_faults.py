@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import random
 import shutil
@@ -42,11 +41,8 @@ class Readers:
         for file in files:
             try:
                 with (self._mountpoint / file).open("rb") as stream:
-                    if number == 3:
-                        with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as pages:
-                            data = pages[:]
-                    else:
-                        data = stream.read()
+                    # Not by mmap: its SIGBUS would end the tests where a read gives an error to report.
+                    data = stream.read()
             except OSError as error:
                 self.errors.append((file, error))
             else:
