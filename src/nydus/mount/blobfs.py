@@ -40,6 +40,7 @@ MAX_READ = 1 << 20
 BLOCK = 4096
 ROOT = 1
 _FOREVER = 1 << 32  # seconds; names and sizes never change
+_REQUEST = 16 << 10  # the kernel wants room for 8 KiB; requests are small, as nothing is written
 _FETCHERS = 32  # threads that may wait for a backend at one time
 
 # enum fuse_opcode
@@ -79,7 +80,11 @@ class Source(Protocol):
         ...
 
     def read(self, offset: int, length: int) -> Sequence[Buffer]:
-        """Exactly the bytes of a range inside the file; raises where they cannot be had."""
+        """Exactly the bytes of a range inside the file; raises where they cannot be had.
+
+        In memory that has been written to: if this process is killed while the kernel waits for a page of
+        an answer, the reader gets EIO.
+        """
         ...
 
 
@@ -285,7 +290,9 @@ class BlobFs:
     # Serving
 
     def _serve(self) -> None:
-        buffer = bytearray(64 << 10)  # requests are small: nothing is written
+        # A fault on this memory while the process is being killed makes the kernel fail the request that it
+        # was just handing out: EIO for the reader, and no successor is asked for it.
+        buffer = syscalls.resident_buffer(_REQUEST)
         view = memoryview(buffer)
         while True:
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 
@@ -118,6 +119,17 @@ def detach(path: str | os.PathLike[str]) -> bool:
 def unshare_descriptors() -> None:
     """Gives the calling thread a descriptor table of its own, a copy of the process's."""
     _check(_libc.unshare(ctypes.c_int(_CLONE_FILES)), "unshare")
+
+
+def resident_buffer(size: int) -> mmap.mmap:
+    """Private memory that the kernel can write to without a page fault, now and later.
+
+    Locked where the limits allow it, so that it is not swapped out either.
+    """
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    return buffer
 
 
 def device_of(fd: int) -> tuple[int, int]:

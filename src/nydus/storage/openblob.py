@@ -143,7 +143,7 @@ class OpenBlob:
             if data is not None:
                 start = self.starts[row]
                 if start > at:
-                    parts.append(bytes(start - at))
+                    parts.append(b"\0" * (start - at))  # not bytes(n), which touches no memory
                     at = start
                 part = memoryview(data)[at - start : end - start]
                 parts.append(part)

@@ -270,7 +270,7 @@ class Store:
             return data
         if offset + len(data) < self.size:
             raise CacheError(f"{self.path}: truncated by somebody to {offset + len(data)} bytes")
-        return data + bytes(size - len(data))
+        return data.ljust(size, b"\0")
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Place adjacent buffers. Raises OSError, after which any part of them may be there."""
