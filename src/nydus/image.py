@@ -422,10 +422,10 @@ def open(
         tree = bootstrap
     elif isinstance(bootstrap, str) and bootstrap.startswith(TRANSPORTS):
         from nydus.convert.opened import open_nydus
-        from nydus.convert.select import host_platform, parse_platform
+        from nydus.convert.select import parse_platform
 
         place = _place(bootstrap, plain_http, insecure)
-        opened = open_nydus(place, parse_platform(platform) if platform else host_platform())
+        opened = open_nydus(place, parse_platform(platform) if platform else None)
         tree = opened.tree
         blobs = opened.backend if blobs is None else blobs
     elif isinstance(bootstrap, str | os.PathLike):

@@ -137,14 +137,13 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
     import tempfile
 
-    from nydus.cli.nydusify_places import source_registry
+    from nydus.cli.nydusify_places import platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
     from nydus.convert.reverse import reverse
-    from nydus.convert.select import parse_platform
     from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
 
@@ -194,9 +193,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         attempts=values["push_retry_count"] if values["push_retry_count"] > 0 else 3,
         retry_delay=duration(values["push_retry_delay"]),
     )
-    platforms = None
-    if not values["all_platforms"]:
-        platforms = [parse_platform(text) for text in (values["platform"] or "").split(",") if text.strip()]
+    chosen = platforms(values["platform"], values["all_platforms"])
 
     with progress_for(log) as progress:
         if not values["target_archive"]:
@@ -208,11 +205,11 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             )
             if values["reverse"]:
                 with _blobs(values) as blobs:
-                    result = reverse(source, place, options, progress, platforms, blobs)
+                    result = reverse(source, place, options, progress, chosen, blobs)
             else:
                 cache, backend = _build_cache(values, target), _backend(values)
                 chunks = _dictionary(values)
-                result = image(source, place, options, progress, platforms, cache, backend, chunks)
+                result = image(source, place, options, progress, chosen, cache, backend, chunks)
         else:
             from nydus.oci.archive import write_archive
             from nydus.oci.layout import Layout
@@ -225,11 +222,11 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
                     layout = LayoutPlace(Path(folder))
                     if values["reverse"]:
                         with _blobs(values) as blobs:
-                            result = reverse(source, layout, options, progress, platforms, blobs)
+                            result = reverse(source, layout, options, progress, chosen, blobs)
                     else:
                         cache, backend = _build_cache(values, target), _backend(values)
                         chunks = _dictionary(values)
-                        result = image(source, layout, options, progress, platforms, cache, backend, chunks)
+                        result = image(source, layout, options, progress, chosen, cache, backend, chunks)
                     write_archive(Layout(folder), archive, target)
     _tell(log, result, values["target_archive"] or str(target))
     if output:

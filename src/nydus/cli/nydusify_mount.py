@@ -59,7 +59,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
     backend = backend_place(*found).device if found else backend_of(place)
     reader = place.open()
-    _, images = select(reader, place.target, str(place), [one_platform(values["platform"])], nydus=True)
+    platform = one_platform(values["platform"])
+    _, images = select(reader, place.target, str(place), [platform] if platform else (), nydus=True)
     image = next((found for found in images if found.is_nydus), None)
     if image is None:
         raise NydusError(f"{place}: is not a Nydus image")

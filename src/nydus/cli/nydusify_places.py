@@ -105,22 +105,21 @@ def backend_config(kind: str | None, text: str | None, file: str | None) -> tupl
     return kind, config
 
 
-def one_platform(text: str | None) -> Platform:
-    """The platform that ``--platform`` says; this machine's by default."""
-    from nydus.convert.select import host_platform, parse_platform
+def one_platform(text: str | None) -> Platform | None:
+    """The platform that ``--platform`` says, if it is given."""
+    from nydus.convert.select import parse_platform
 
     if not text:
-        return host_platform()
+        return None
     if "," in text:
         raise ConfigError(f"--platform {text!r}: exactly one platform is needed")
     return parse_platform(text)
 
 
 def platforms(text: str | None, everything: bool) -> list[Platform] | None:
-    """The platforms of ``--platform`` and ``--all-platforms``; None is all."""
-    from nydus.convert.select import host_platform, parse_platform
+    """The platforms of ``--platform`` and ``--all-platforms``; None is all, [] this machine's."""
+    from nydus.convert.select import parse_platform
 
     if everything:
         return None
-    found = [parse_platform(part) for part in (text or "").split(",") if part.strip()]
-    return found or [host_platform()]
+    return [parse_platform(part) for part in (text or "").split(",") if part.strip()]

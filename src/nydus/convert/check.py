@@ -16,7 +16,7 @@ from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
 from nydus.convert.progress import Progress, Silent
-from nydus.convert.select import Image, select
+from nydus.convert.select import Image, host_platform, matches, select
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.oci import model
 from nydus.oci.foreign import open_layer, plain_http
@@ -94,7 +94,7 @@ class Report:
 def check(
     target: SourcePlace,
     source: SourcePlace | None,
-    platform: Platform,
+    platform: Platform | None,
     work_dir: Path,
     progress: Progress | None = None,
     mounted: Mounted | None = None,
@@ -107,6 +107,7 @@ def check(
 
     Args:
         source: the image it was made of, or another Nydus image of it; None to check the target alone.
+        platform: None is this machine's where there is a choice.
         work_dir: gets the documents and the bootstrap, in ``source`` and ``target``. Kept.
         target_blobs, source_blobs: storage backends with the blobs of an image that does not list them.
         mounted: reads the target's files through a mount; None reads them through our own reader.
@@ -116,12 +117,17 @@ def check(
         NydusError: it cannot be read.
     """
     progress = progress or Silent()
-    report = Report(str(target), str(source or ""), str(platform))
+    report = Report(str(target), str(source or ""))
     progress.note("parsing image", image=target)
     sides = [_parse("target", target, platform)]
     if source is not None:
         sides.insert(0, _parse("source", source, platform))
     mine = sides[-1]
+    report.platform = str(mine.image().platform)
+    for side in sides:
+        if not platform and not matches(side.image().platform, host_platform()):
+            what = f"is for {side.image().platform}, this machine is {host_platform()}"
+            report.warnings.append(f"{side.name} image: {what}")
     sides[0].blobs, mine.blobs = source_blobs, target_blobs
     if mine.nydus is None:
         raise CheckError(
@@ -166,10 +172,11 @@ def check(
     return report
 
 
-def _parse(name: str, place: SourcePlace, platform: Platform) -> Side:
+def _parse(name: str, place: SourcePlace, platform: Platform | None) -> Side:
     side = Side(name, place, place.open())
     try:
-        index, images = select(side.reader, place.target, str(place), [platform], nydus=True)
+        wanted = [platform] if platform else ()
+        index, images = select(side.reader, place.target, str(place), wanted, nydus=True)
     except FormatError as error:
         raise CheckError("manifest", name, error) from error
     for found in images:
@@ -185,7 +192,7 @@ def _parse(name: str, place: SourcePlace, platform: Platform) -> Side:
             what = f"the config is for {config.platform}, the index says {given}"
             raise CheckError("manifest", name, what)
     if index is not None and side.oci and side.nydus is None and name == "target":
-        raise CheckError("manifest", name, f"the index has no Nydus image for {platform}")
+        raise CheckError("manifest", name, f"the index has no Nydus image for {platform or host_platform()}")
     return side
 
 

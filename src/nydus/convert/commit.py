@@ -18,7 +18,7 @@ from nydus.convert.changes import Selection, write_folder, write_upper
 from nydus.convert.copy import linkable_repository
 from nydus.convert.opened import COMMITTED_BLOBS, Opened, open_nydus, put_variant, store_blob
 from nydus.convert.progress import Progress, Silent
-from nydus.convert.select import host_platform, reference_name
+from nydus.convert.select import reference_name
 from nydus.errors import ConfigError, NydusError
 from nydus.oci.model import Descriptor
 from nydus.oci.place import Sink, SinkPlace, SourcePlace
@@ -85,7 +85,7 @@ def commit(
     progress = progress or Silent()
     name = reference_name(target)
     progress.note("pulling base bootstrap", image=base)
-    opened = open_nydus(base, host_platform())
+    opened = open_nydus(base)
     earlier = _committed(opened)
     if len(earlier) >= maximum:
         raise ConfigError(f"{base}: commits have added {len(earlier)} layers already, the limit is {maximum}")

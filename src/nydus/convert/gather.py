@@ -19,7 +19,7 @@ def gather(
     source: SourcePlace,
     backend: BackendPlace,
     target: SinkPlace,
-    platform: Platform,
+    platform: Platform | None,
     progress: Progress | None = None,
 ) -> Copied:
     """Copies an image with its blobs, which the new manifest lists as layers before the bootstrap.

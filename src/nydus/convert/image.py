@@ -20,7 +20,7 @@ from nydus.convert.opened import Opened, open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import known_of
-from nydus.convert.select import Image, host_platform, reference_name, select
+from nydus.convert.select import Image, reference_name, select
 from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
@@ -75,7 +75,8 @@ def image(
     stored here. The target's tag is written last, so that a failure leaves no image there.
 
     Args:
-        platforms: () is that of this machine, None is all; with more than one the target is an index.
+        platforms: () is that of this machine where there is a choice, None is all; with more than one the
+            target is an index.
         cache: layers converted before, and where to add the new ones.
         dictionary: a Nydus image whose chunks are referred to instead of stored again; its blobs that are
             needed become layers too.
@@ -89,8 +90,6 @@ def image(
         if backend or dictionary:
             raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
         options = replace(options, oci=True)
-    if platforms is not None and not platforms:
-        platforms = (host_platform(),)
     name = reference_name(target)
     with Workers(options.workers or min(os.cpu_count() or 1, _WORKERS)) as workers:
         started = time.monotonic()
@@ -100,7 +99,7 @@ def image(
         for found in images:
             _check(found, reader, f"{source}", options)
         writer = target.open_sink()
-        chunks = open_nydus(dictionary, images[0].platform) if dictionary else None
+        chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
         dictionary_digest = chunks.found.descriptor.digest if chunks else ""
         cached = cache.load(options, dictionary_digest) if cache else {}
         pulled = time.monotonic()

@@ -118,21 +118,27 @@ class Opened:
         return copy_blobs(self.source, writer, self.needed(), link_from, progress)
 
 
-def open_nydus(place: SourcePlace, platform: Platform) -> Opened:
+def open_nydus(place: SourcePlace, platform: Platform | None = None, *, exact: bool = True) -> Opened:
     """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
+
+    Args:
+        platform: None is this machine's where there is a choice.
+        exact: a single manifest must be for that platform, too.
 
     Raises:
         ConfigError: it is not a Nydus image, or there is none for the platform.
         FormatError: a document or the bootstrap is damaged.
         BackendError: it cannot be read.
     """
-    return open_each(place, [platform])[0]
+    return open_each(place, [platform] if platform else (), exact=exact)[0]
 
 
-def open_each(place: SourcePlace, platforms: Sequence[Platform] | None) -> list[Opened]:
+def open_each(
+    place: SourcePlace, platforms: Sequence[Platform] | None, *, exact: bool = True
+) -> list[Opened]:
     """The same for several platforms, or with None for all that there are."""
     source = place.open()
-    _, images = select(source, place.target, str(place), platforms, nydus=True)
+    _, images = select(source, place.target, str(place), platforms, nydus=True, exact=exact)
     found = [image for image in images if image.is_nydus]
     if not found:
         raise ConfigError(f"{place}: is not a Nydus image; convert it first")

@@ -51,7 +51,7 @@ def optimize(
     target: SinkPlace,
     trace: bytes,
     trace_name: str,
-    platform: Platform,
+    platform: Platform | None,
     work_dir: Path,
     progress: Progress | None = None,
     backend: Backend | None = None,

@@ -22,7 +22,7 @@ from nydus.convert.image import Result
 from nydus.convert.opened import PREFETCH_BLOB, SourceBackend
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
-from nydus.convert.select import Image, host_platform, reference_name, select
+from nydus.convert.select import Image, reference_name, select
 from nydus.errors import BackendError, ConfigError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
@@ -86,8 +86,6 @@ def reverse(
         NydusError: what is wrong, and in which layer.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
-    if platforms is not None and not platforms:
-        platforms = (host_platform(),)
     name, started = reference_name(target), time.monotonic()
     progress.note(f"pulling image {source}")
     reader = source.open()

@@ -79,15 +79,18 @@ def select(
     *,
     attestations: bool = False,
     nydus: bool = False,
+    exact: bool = True,
 ) -> tuple[Index | None, list[Image]]:
     """Reads the manifests and configs of the images wanted.
 
     Args:
         reference: tag or digest.
         where: name of the image, for messages.
-        platforms: None is all. A single manifest is taken whatever its platform is.
+        platforms: None is all; () is this machine's where there is a choice: a single manifest is taken
+            whatever its platform is.
         nydus: of each platform take the Nydus manifest of a merged index, too.
         attestations: with all platforms, take what is no image (signatures, Nydus manifests) too.
+        exact: a single manifest must be for one of the platforms, too.
 
     Returns:
         The index, None where the reference is a single manifest, and the images in its order.
@@ -100,13 +103,17 @@ def select(
     descriptor, data = source.manifest(reference)
     document = model.decode_image(data, descriptor.media_type, where)
     if isinstance(document, Manifest):
-        return None, [_image(source, descriptor, data, document, where)]
+        single = _image(source, descriptor, data, document, where)
+        if exact and platforms and not _suits(single.config.platform, platforms):
+            asked = ", ".join(map(str, platforms))
+            raise ConfigError(f"{where}: no image for {asked}; it is one for {single.config.platform}")
+        return None, [single]
     entries = [entry for entry in document.manifests if attestations or _is_image(entry, nydus)]
     chosen: list[Descriptor] = []
     if platforms is None:
         chosen = entries
     else:
-        for wanted in platforms:
+        for wanted in platforms or (host_platform(),):
             found = [entry for entry in entries if entry.platform and matches(entry.platform, wanted)]
             if not found:
                 there = ", ".join(sorted({str(entry.platform) for entry in entries if entry.platform}))
@@ -128,6 +135,11 @@ def select(
             raise FormatError("an index within an index is not supported", where=where)
         images.append(_image(source, entry, data, inner, f"{where}@{entry.digest}"))
     return document, images
+
+
+def _suits(found: Platform, wanted: Sequence[Platform]) -> bool:
+    """Whether an image is for one of the platforms; many artifacts do not say what they are for."""
+    return not found.architecture or any(matches(found, each) for each in wanted)
 
 
 def _is_image(entry: Descriptor, nydus: bool) -> bool:

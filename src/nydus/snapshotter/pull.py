@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from nydus.convert.select import Image, host_platform, select
+from nydus.convert.select import Image, select
 from nydus.errors import FormatError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Platform
@@ -96,7 +96,7 @@ class Client:
             NydusError: containerd, the registry or the image; the text is that of whoever refused.
         """
         name = str(reference)
-        index, (image,) = select(source, reference.target, name, (platform or host_platform(),))
+        index, (image,) = select(source, reference.target, name, (platform,) if platform else ())
         with self._lease():
             top = image.descriptor
             if index is not None:
