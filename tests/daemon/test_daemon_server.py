@@ -74,8 +74,8 @@ class FakeFs:
     def __init__(self) -> None:
         self.removed: list[int] = []
 
-    def add(self, node: int, size: int, label: str, source: object, *, opens: int = 0) -> Any:
-        return SimpleNamespace(node=node, size=size, label=label, opens=opens)
+    def add(self, node: int, size: int, label: str, source: object, handles: object = ()) -> Any:
+        return SimpleNamespace(node=node, size=size, label=label, handles=handles)
 
     def remove(self, node: int) -> None:
         self.removed.append(node)

@@ -14,7 +14,7 @@ import pytest
 
 from nydus.errors import MountError
 from nydus.mount import erofs, probe, syscalls, table
-from nydus.mount.blobfs import BlobFs, Buffer
+from nydus.mount.blobfs import BlobFs, Buffer, File
 
 pytestmark = pytest.mark.root
 
@@ -110,6 +110,66 @@ def test_reads_that_wait_do_not_hold_up_the_others() -> None:
         fs.close()
 
 
+def test_a_backend_that_does_not_answer_holds_up_its_own_file_only(fs: BlobFs) -> None:
+    fs.set_readahead(0)
+    dead, alive = Fake(), Fake()
+    dead.is_ready = alive.is_ready = False
+    dead.pause.clear()
+    waiting, other = fs.add(2, SIZE, "dead", dead), fs.add(3, SIZE, "alive", alive)
+    threads = [
+        threading.Thread(target=read, args=(fs.path(waiting), at, 8)) for at in range(0, SIZE, SIZE // 50)
+    ]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 10
+    while len(fs.inflight()) < len(threads):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert read(fs.path(other), 4096, 8) == alive.data[4096:4104]
+    assert len(fs.inflight()) == len(threads)
+    dead.pause.set()
+    for thread in threads:
+        thread.join(10)
+    assert not fs.inflight()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_open_that_is_sent_again_is_counted_once() -> None:
+    def die(file: File) -> None:  # as a worker that is killed before it answers
+        raise SystemExit
+
+    dying = BlobFs.create(threads=1, on_change=die)
+    dying.serve()
+    known = dying.add(2, SIZE, "a", Fake())
+    opened: list[int] = []
+    path = dying.path(known)
+    opener = threading.Thread(target=lambda: opened.append(os.open(path, os.O_RDONLY)))
+    opener.start()
+    end = time.monotonic() + 5
+    while not known.handles:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    changes: list[int] = []
+    fs = BlobFs(dying.device, dying.mount, on_change=lambda file: changes.append(len(file.handles)))
+    file = fs.add(2, SIZE, "a", Fake(), sorted(known.handles))
+    fs.serve(resend=True)
+    try:
+        opener.join(5)
+        assert len(file.handles) == 1
+        second = os.open(path, os.O_RDONLY)
+        os.close(opened[0])
+        while len(file.handles) != 1 or len(changes) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        os.close(second)
+        while file.handles:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert changes == [1, 2, 1, 0]
+    finally:
+        fs.close()
+
+
 def test_reads_are_served_when_no_thread_can_be_had(fs: BlobFs, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
@@ -155,15 +215,15 @@ def test_a_short_source_is_an_error(fs: BlobFs) -> None:
 
 def test_files_come_and_go(fs: BlobFs) -> None:
     changes: list[int] = []
-    fs._on_change = lambda file: changes.append(file.opens)
+    fs._on_change = lambda file: changes.append(len(file.handles))
     file = fs.add(2, SIZE, "a", Fake())
     with pytest.raises(ValueError):
         fs.add(2, SIZE, "b", Fake())
     fd = os.open(fs.path(file), os.O_RDONLY)
-    assert file.opens == 1
+    assert len(file.handles) == 1
     os.close(fd)
     end = time.monotonic() + 5
-    while file.opens and time.monotonic() < end:
+    while file.handles and time.monotonic() < end:
         time.sleep(0.001)
     assert changes == [1, 0]
     fs.remove(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -79,11 +79,11 @@ class Devices:
             for file in files:
                 found = owner(file)
                 if found is not None:
-                    self._add(file.node, found.image, found.blob, found.instance, file.size, file.opens)
+                    self._add(file.node, found.image, found.blob, found.instance, file.size, file.handles)
                 else:
                     assert self.blobfs is not None
                     source = _Unavailable(file.size)
-                    added = self.blobfs.add(file.node, file.size, file.label, source, opens=file.opens)
+                    added = self.blobfs.add(file.node, file.size, file.label, source, file.handles)
                     self._by_node[file.node] = _Device(added, "", None, file.instance, file.blob)
 
     def get(self, image: Image, blob: int, owner: int) -> File:
@@ -107,7 +107,7 @@ class Devices:
                     )
                 node = self.next_node
                 self.next_node += 1
-                device = self._add(node, image, blob, owner, image.device_size(blob), 0)
+                device = self._add(node, image, blob, owner, image.device_size(blob))
             device.users.add(owner)
             return device.file
 
@@ -122,7 +122,7 @@ class Devices:
     def states(self) -> list[FileState]:
         with self._lock:
             return [
-                FileState(node, d.file.size, d.file.label, d.owner, d.blob, d.file.opens)
+                FileState(node, d.file.size, d.file.label, d.owner, d.blob, sorted(d.file.handles))
                 for node, d in self._by_node.items()
             ]
 
@@ -136,7 +136,7 @@ class Devices:
         dropped: list[_Device] = []
         with self._lock:
             for node, device in list(self._by_node.items()):
-                if device.file.opens == 0 and node not in used and not device.users & alive:
+                if not device.file.handles and node not in used and not device.users & alive:
                     del self._by_node[node]
                     self._by_key.pop(device.key, None)
                     dropped.append(device)
@@ -155,10 +155,12 @@ class Devices:
         self.blobfs = blobfs
         self._descriptors(blobfs.device, blobfs.mount)
 
-    def _add(self, node: int, image: Image, blob: int, owner: int, size: int, opens: int) -> _Device:
+    def _add(
+        self, node: int, image: Image, blob: int, owner: int, size: int, handles: Sequence[int] = ()
+    ) -> _Device:
         assert self.blobfs is not None
         cache = image.open_cache(blob)
-        file = self.blobfs.add(node, size, image.blobs[blob].id, cache, opens=opens)
+        file = self.blobfs.add(node, size, image.blobs[blob].id, cache, handles)
         device = _Device(file, image.key(blob), image, owner, blob)
         self._by_node[node] = self._by_key[device.key] = device
         return device

@@ -33,14 +33,14 @@ class InstanceState(msgspec.Struct):
 
 
 class FileState(msgspec.Struct):
-    """One file of blobfs: blob number ``blob`` of an instance's image."""
+    """One file of blobfs, blob number ``blob`` of an image. ``handles``: what the kernel has open."""
 
     node: int
     size: int
     label: str
     instance: int
     blob: int
-    opens: int
+    handles: list[int]
 
 
 class State(msgspec.Struct):

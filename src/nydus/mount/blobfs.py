@@ -17,11 +17,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import stat
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +41,10 @@ BLOCK = 4096
 ROOT = 1
 _FOREVER = 1 << 32  # seconds; names and sizes never change
 _REQUEST = 16 << 10  # the kernel wants room for 8 KiB; requests are small, as nothing is written
-_FETCHERS = 32  # threads that may wait for a backend at one time
+_FETCHERS = 32  # threads of one file that may wait for its backend at one time
+# Readaheads that may wait for an answer, and from how many on the kernel makes fewer. All files share them: a
+# registry that does not answer must not use them up.
+_MAX_BACKGROUND, _CONGESTED = 1024, 768
 
 # enum fuse_opcode
 LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
@@ -64,6 +67,8 @@ _INIT_IN = struct.Struct("<IIIII")  # major, minor, readahead, flags, flags2
 _INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
 _ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
 _READ_IN = struct.Struct("<QQI")  # handle, offset, size
+_HANDLE = struct.Struct("<Q")  # first in the requests and answers about an open file
+_RESENT = 1 << 63  # set in the unique number of a request that is sent again
 _IOV_MAX = 1024
 
 
@@ -88,16 +93,51 @@ class Source(Protocol):
         ...
 
 
+class _Queue:
+    """The reads of one file that wait for its backend: no other file has to wait for a slow one's threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._threads = 0
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Has a thread do it, now or when one is free."""
+        with self._lock:
+            self._jobs.append(job)
+            if self._threads == _FETCHERS:
+                return
+            self._threads += 1
+        try:
+            threading.Thread(target=self._work, name="blobfs-fetch", daemon=True).start()
+        except RuntimeError as error:
+            log.error("serving reads one after the other: %s", error)
+            self._work()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
+            try:
+                job()
+            except Exception:
+                log.exception("defect in serving a FUSE read")
+
+
 @dataclass(slots=True)
 class File:
-    """One file of the file system. ``opens`` counts the kernel's open files: EROFS mounts that use it."""
+    """One file of the file system. ``handles`` are the kernel's open files: EROFS mounts that use it."""
 
     node: int
     name: str
     size: int
     label: str
     source: Source
-    opens: int = 0
+    handles: set[int] = field(default_factory=set)
+    waiting: _Queue = field(default_factory=_Queue)
 
 
 @dataclass(slots=True)
@@ -145,9 +185,6 @@ class BlobFs:
         self._names: dict[bytes, int] = {}
         self._lock = threading.Lock()
         self._inflight: dict[int, tuple[int, float]] = {}
-        self._waiting: queue.SimpleQueue[tuple[int, File, int, int, float]] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._fetchers = 0
         self._threads: list[threading.Thread] = []
         self._reported: dict[tuple[str, int], float] = {}
 
@@ -181,10 +218,10 @@ class BlobFs:
 
     # Files
 
-    def add(self, node: int, size: int, label: str, source: Source, *, opens: int = 0) -> File:
+    def add(self, node: int, size: int, label: str, source: Source, handles: Sequence[int] = ()) -> File:
         """Adds a file. ``node`` is new for ever (a name is never used for two files), ``size`` in bytes,
-        ``label`` what log lines call it."""
-        file = File(node, f"blob-{node}", size, label, source, opens)
+        ``label`` what log lines call it, ``handles`` those that a predecessor has given out."""
+        file = File(node, f"blob-{node}", size, label, source, set(handles))
         with self._lock:
             if node in self._files or node == ROOT:
                 raise ValueError(f"node {node} is in use")
@@ -339,8 +376,7 @@ class BlobFs:
         elif opcode == OPEN:
             self._opened(unique, node)
         elif opcode == RELEASE:
-            self._reply(unique)
-            self._count_open(node, -1)
+            self._released(unique, node, *_HANDLE.unpack_from(body))
         elif opcode == INIT:
             self._init(unique, body)
         elif opcode == STATFS:
@@ -373,7 +409,7 @@ class BlobFs:
         log.debug("FUSE %d.%d, flags %#x", major, minor, flags)
         # Readahead here is only an upper limit: set_readahead() decides.
         reply = _INIT_OUT.pack(
-            7, min(minor, 45), 16 << 20, flags & 0xFFFFFFFF, 128, 96,
+            7, min(minor, 45), 16 << 20, flags & 0xFFFFFFFF, _MAX_BACKGROUND, _CONGESTED,
             BLOCK, 1, MAX_READ // BLOCK, 0, flags >> 32, 0,
         )  # fmt: skip
         self._reply(unique, reply)
@@ -384,19 +420,28 @@ class BlobFs:
         return _ATTR.pack(node, size, (size + 511) // 512, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, BLOCK, 0)
 
     def _opened(self, unique: int, node: int) -> None:
-        if node not in self._files:
+        file = self._files.get(node)
+        if file is None:
             self._reply(unique, error=errno.ESTALE)
             return
-        # Counted before the answer: a successor must not think that nobody uses the file.
-        self._count_open(node, +1)
-        self._reply(unique, struct.pack("<QII", 0, _FOPEN_KEEP_CACHE, 0))
-
-    def _count_open(self, node: int, change: int) -> None:
+        # A predecessor may have been killed before it answered: named after the request, the handle is the
+        # same when the request is sent again. It is noted before the answer, as a successor must not think
+        # that nobody uses the file.
+        handle = unique & ~_RESENT
         with self._lock:
-            file = self._files.get(node)
-            if file is None:
-                return
-            file.opens = max(0, file.opens + change)
+            file.handles.add(handle)
+        self._changed(file)
+        self._reply(unique, struct.pack("<QII", handle, _FOPEN_KEEP_CACHE, 0))
+
+    def _released(self, unique: int, node: int, handle: int) -> None:
+        file = self._files.get(node)
+        if file is not None:
+            with self._lock:
+                file.handles.discard(handle)
+            self._changed(file)
+        self._reply(unique)
+
+    def _changed(self, file: File) -> None:
         if self._on_change is not None:
             self._on_change(file)
 
@@ -415,33 +460,7 @@ class BlobFs:
             self._serve_read(unique, file, offset, size, began)
             return
         # It will wait: leave this thread to reads that need not.
-        self._waiting.put((unique, file, offset, size, began))
-        if not self._idle.acquire(blocking=False):
-            with self._lock:
-                grow = self._fetchers < _FETCHERS
-                self._fetchers += grow
-            if grow:
-                try:
-                    threading.Thread(target=self._fetch, name="blobfs-fetch", daemon=True).start()
-                except RuntimeError as error:
-                    log.error("serving reads one after the other: %s", error)
-                    with self._lock:
-                        self._fetchers -= 1
-                    with suppress(queue.Empty):
-                        self._serve_waiting(block=False)
-
-    def _fetch(self) -> None:
-        while True:
-            self._serve_waiting(block=True)
-            if self._waiting.empty():
-                self._idle.release()
-
-    def _serve_waiting(self, *, block: bool) -> None:
-        request = self._waiting.get(block)
-        try:
-            self._serve_read(*request)
-        except Exception:
-            log.exception("defect in serving a FUSE read")
+        file.waiting.run(lambda: self._serve_read(unique, file, offset, size, began))
 
     def _serve_read(self, unique: int, file: File, offset: int, size: int, began: float) -> None:
         problem: Exception | None = None
