@@ -48,7 +48,7 @@ def test_of_create(tmp_path: Path, arguments: list[str], warnings: list[str]) ->
         (["--reverse", "--oci-ref"], ["--oci-ref has no effect with --reverse"]),
         (["--all-platforms", "--platform", "linux/amd64"], ["--platform has no effect with --all-platforms"]),
         (["--build-cache-version", "v2"], ["--build-cache-version has no effect without a build cache"]),
-        (["--backend-config", "{}"], ["--backend-config has no effect without --backend-type"]),
+        (["--backend-force-push"], ["--backend-force-push has no effect without --backend-type"]),
         (["--chunk-dict-insecure"], ["--chunk-dict-insecure has no effect without --chunk-dict"]),
         (
             ["--target-archive", "x", "--target-insecure"],

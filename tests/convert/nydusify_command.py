@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +26,15 @@ class Nydusify:
             timeout=60,
             check=False,
         )
+
+
+def one_fatal_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a failed run, after checking its form."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "level=fatal" in lines[-1] and "Traceback" not in done.stderr
+    assert sum("level=fatal" in line for line in lines) == 1
+    found = re.search(r'msg=("(?:[^"\\]|\\.)*"|\S+)', lines[-1])
+    assert found
+    return str(json.loads(found[1])) if found[1].startswith('"') else found[1]

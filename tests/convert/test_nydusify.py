@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from documents import load
 from faulty import BasicAuth, FaultyRegistry
-from nydusify_command import Nydusify
+from nydusify_command import Nydusify, one_fatal_line
 
 from nydus.oci import model
 from nydus.oci.archive import open_archive
@@ -24,18 +24,6 @@ from nydus.oci.place import RegistryPlace
 from nydus.oci.reference import parse
 
 pytestmark = pytest.mark.vectors
-
-
-def one_fatal_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The message of a failed run, after checking its form."""
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert "level=fatal" in lines[-1] and "Traceback" not in done.stderr
-    assert sum("level=fatal" in line for line in lines) == 1
-    found = re.search(r'msg=("(?:[^"\\]|\\.)*"|\S+)', lines[-1])
-    assert found
-    return str(json.loads(found[1])) if found[1].startswith('"') else found[1]
 
 
 def test_a_conversion_says_what_scripts_look_for(nydusify: Nydusify, source: str, tmp_path: Path) -> None:

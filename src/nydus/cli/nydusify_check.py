@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment
+from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment, tell_unused
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.convert.check import Side
     from nydus.convert.listing import Listing
+
+#: What is about the comparison with a source.
+_OF_SOURCE = (
+    "nydusd", "source_insecure",
+    "source_backend_type", "source_backend_config", "source_backend_config_file",
+)  # fmt: skip
 
 
 @click.command(cls=GoCommand, short_help="Check a Nydus image, and compare it with its source.")
@@ -64,6 +70,15 @@ def check(ctx: click.Context, /, **values: Any) -> None:
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
+    alone = not (values["source"] or values["source_archive"])
+    for unused, names, why in (
+        (alone, _OF_SOURCE, "without --source"),
+        (not alone and values["no_mount"], ("nydusd",), "with --no-mount"),
+        (values["source_archive"], ("source_insecure",), "with --source-archive"),
+        (values["target_archive"], ("target_insecure",), "with --target-archive"),
+    ):
+        if unused:
+            tell_unused(ctx, log, names, why)
     plain = values["plain_http"]
     target = source_place(
         values["target"],
@@ -73,7 +88,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         option="target",
     )
     source = None
-    if values["source"] or values["source_archive"]:
+    if not alone:
         source = source_place(
             values["source"],
             values["source_archive"],
@@ -84,7 +99,8 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     places = []
     for side in ("target", "source"):
         keys = ("type", "config", "config_file")
-        found = backend_config(*(values[f"{side}_backend_{key}"] for key in keys))
+        kind, text, file = (values[f"{side}_backend_{key}"] for key in keys)
+        found = backend_config(kind, text, file, f"--{side}-backend")
         places.append(backend_place(*found) if found else None)
     work_dir = Path(values["work_dir"])
     output = Path(values["output_json"]) if values["output_json"] else None

@@ -50,7 +50,7 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     The container is held still while its changes are read, not while they are pushed. It must be one of this
     machine and run a Nydus image.
     """
-    from nydus.cli.nydusify_convert import work_dir
+    from nydus.cli.nydusify_places import work_dir
     from nydus.cli.progress import progress_for
     from nydus.containerd.containers import Containers
     from nydus.convert.changes import parse_selection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,6 @@ _OF_NYDUS = (
     "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse",
 )  # fmt: skip
 _OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
-_OF_BACKEND = ("backend_config", "backend_config_file", "backend_force_push")
 _OF_SOURCE = ("source_insecure",)
 _OF_TARGET = ("target_insecure", "push_chunk_size")
 
@@ -126,18 +125,13 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
     tell_environment(ctx, log)
     values = dict(given_options)
     output = Path(values["output_json"]) if values["output_json"] else None
-    try:
-        _convert(ctx, log, values, output)
-    except BaseException:
-        if output:
-            _write(output, "null")
-        raise
+    if output:
+        _write(output, "null")  # what it says of a conversion that failed
+    _convert(ctx, log, values, output)
 
 
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
-    import tempfile
-
-    from nydus.cli.nydusify_places import platforms, source_registry
+    from nydus.cli.nydusify_places import new_archive, platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
@@ -160,7 +154,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         (values["all_platforms"], ("platform",), "with --all-platforms"),
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
         (not values["chunk_dict"], ("chunk_dict_insecure",), "without --chunk-dict"),
-        (not values["backend_type"], _OF_BACKEND, "without --backend-type"),
+        (not values["backend_type"], ("backend_force_push",), "without --backend-type"),
         (values["source_archive"] or stored, _OF_SOURCE, "on a source that is not in a registry"),
         (values["target_archive"], _OF_TARGET, "with --target-archive"),
     ):
@@ -195,39 +189,27 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     )
     chosen = platforms(values["platform"], values["all_platforms"])
 
-    with progress_for(log) as progress:
-        if not values["target_archive"]:
-            place: SinkPlace = registry_place(
+    sink: AbstractContextManager[SinkPlace]
+    if values["target_archive"]:
+        archive = Path(values["target_archive"])
+        sink = new_archive(archive, target, Path(values["work_dir"]), "--target-archive")
+    else:
+        sink = nullcontext(
+            registry_place(
                 target,
                 plain_http=values["plain_http"],
                 insecure=values["target_insecure"],
                 push_chunk_size=byte_size(values["push_chunk_size"]),
             )
-            if values["reverse"]:
-                with _blobs(values) as blobs:
-                    result = reverse(source, place, options, progress, chosen, blobs)
-            else:
-                cache, backend = _build_cache(values, target), _backend(values)
-                chunks = _dictionary(values)
-                result = image(source, place, options, progress, chosen, cache, backend, chunks)
+        )
+    with progress_for(log) as progress, sink as place:
+        if values["reverse"]:
+            with _blobs(values) as blobs:
+                result = reverse(source, place, options, progress, chosen, blobs)
         else:
-            from nydus.oci.archive import write_archive
-            from nydus.oci.layout import Layout
-
-            archive = Path(values["target_archive"])
-            if not archive.parent.is_dir():
-                raise ConfigError(f"--target-archive {archive}: its folder does not exist")
-            with work_dir(Path(values["work_dir"])) as base:
-                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    layout = LayoutPlace(Path(folder))
-                    if values["reverse"]:
-                        with _blobs(values) as blobs:
-                            result = reverse(source, layout, options, progress, chosen, blobs)
-                    else:
-                        cache, backend = _build_cache(values, target), _backend(values)
-                        chunks = _dictionary(values)
-                        result = image(source, layout, options, progress, chosen, cache, backend, chunks)
-                    write_archive(Layout(folder), archive, target)
+            cache, backend = _build_cache(values, target), _backend(values)
+            chunks = _dictionary(values)
+            result = image(source, place, options, progress, chosen, cache, backend, chunks)
     _tell(log, result, values["target_archive"] or str(target))
     if output:
         figures = {
@@ -279,7 +261,7 @@ def _backend(values: dict[str, Any]) -> Any:
 
 def _blobs(values: dict[str, Any]) -> AbstractContextManager[Any]:
     """That backend for reading, or None."""
-    from contextlib import closing, nullcontext
+    from contextlib import closing
 
     place = _backend(values)
     return closing(place.open()) if place else nullcontext()
@@ -351,25 +333,6 @@ def _prefetch(values: dict[str, Any]) -> tuple[bytes, ...]:
     if not path.startswith("/"):
         raise ConfigError(f"--prefetch-dir {path!r} is not absolute")
     return (path.encode(),)
-
-
-class work_dir:
-    """The folder for temporary files; removed at the end if it was made here."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._made = path, False
-
-    def __enter__(self) -> Path:
-        try:
-            self._made = not self._path.exists()
-            self._path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NydusError(f"--work-dir {self._path}: {error.strerror}") from error
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        if self._made:
-            self._path.rmdir()
 
 
 def _write(path: Path, text: str) -> None:

@@ -47,15 +47,20 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     What the target has already is not sent again, and within one registry nothing is. Blobs of a storage
     backend become layers of the image, for which it gets a new manifest.
     """
-    from nydus.cli.nydusify_convert import work_dir
-    from nydus.cli.nydusify_places import backend_config, one_platform, platforms, source_place
+    from nydus.cli.nydusify_places import (
+        backend_config,
+        new_archive,
+        one_platform,
+        platforms,
+        source_place,
+        work_dir,
+    )
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place, write_image
     from nydus.convert.backend import backend_place
     from nydus.convert.copy import Copied
     from nydus.convert.copy import copy as copy_image
     from nydus.convert.gather import gather
-    from nydus.oci.archive import write_archive
     from nydus.oci.layout import Layout
     from nydus.oci.place import LayoutPlace, SinkPlace, registry_place
     from nydus.oci.reference import Reference, parse
@@ -63,7 +68,10 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
     backend = backend_config(
-        values["source_backend_type"], values["source_backend_config"], values["source_backend_config_file"]
+        values["source_backend_type"],
+        values["source_backend_config"],
+        values["source_backend_config_file"],
+        "--source-backend",
     )
     plain, chosen = values["plain_http"], platforms(values["platform"], values["all_platforms"])
     source = source_place(
@@ -86,13 +94,9 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
                     write_image(Layout(folder), containerd_place(values["target"]))
         elif values["target"].startswith("file://"):
             path = Path(values["target"].removeprefix("file://"))
-            if not path.parent.is_dir():
-                raise ConfigError(f"--target {path}: its folder does not exist")
             name = getattr(source, "reference", None) or Reference("localhost", "image", "latest")
-            with work_dir(Path(values["work_dir"])) as base:
-                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    copied = run(LayoutPlace(Path(folder)))
-                    write_archive(Layout(folder), path, name)
+            with new_archive(path, name, Path(values["work_dir"]), "--target") as layout:
+                copied = run(layout)
         else:
             target = registry_place(
                 parse(values["target"]),

@@ -43,8 +43,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     A daemon fetches that blob in one go while the container starts. Files and everything else stay the same.
     The target may be any repository: blobs that it lacks are linked or copied.
     """
-    from nydus.cli.nydusify_convert import work_dir
-    from nydus.cli.nydusify_places import one_platform, source_place
+    from nydus.cli.nydusify_places import one_platform, source_place, work_dir
     from nydus.cli.progress import progress_for
     from nydus.convert.optimize import optimize as run
     from nydus.oci.place import registry_place

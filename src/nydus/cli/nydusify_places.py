@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nydus.errors import ConfigError
+from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.oci.model import Platform
-    from nydus.oci.place import RegistryPlace, SourcePlace
+    from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
     from nydus.oci.reference import Reference
 
 
@@ -84,24 +87,80 @@ def source_registry(reference: Reference, *, plain_http: bool, insecure: bool) -
     )
 
 
-def backend_config(kind: str | None, text: str | None, file: str | None) -> tuple[str, dict[str, Any]] | None:
+@contextmanager
+def work_dir(path: Path) -> Iterator[Path]:
+    """The folder for temporary files; removed at the end if it was made here.
+
+    Raises:
+        NydusError: it cannot be made.
+    """
+    try:
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NydusError(f"--work-dir {path}: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        if made:
+            with suppress(OSError):  # another command has come to use it
+                path.rmdir()
+
+
+@contextmanager
+def new_archive(path: Path, reference: Reference, folder: Path, option: str) -> Iterator[LayoutPlace]:
+    """A layout that becomes an archive when the context ends without an error.
+
+    Args:
+        reference: what the image is called in it.
+        folder: the work folder, which gets the layout until then.
+        option: that named the archive.
+
+    Raises:
+        ConfigError: no file can be written there; raised before anything is done.
+    """
+    from nydus.oci.archive import write_archive
+    from nydus.oci.layout import Layout
+    from nydus.oci.place import LayoutPlace
+
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: its folder does not exist")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}") from error
+    with work_dir(folder) as base, tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as layout:
+        yield LayoutPlace(Path(layout))
+        write_archive(Layout(layout), path, reference)
+
+
+def backend_config(
+    kind: str | None, text: str | None, file: str | None, option: str = "--backend"
+) -> tuple[str, dict[str, Any]] | None:
     """Type and configuration of a storage backend, as the three options of that say; None for none.
+
+    Args:
+        option: the three options without ``-type``, ``-config`` and ``-config-file``.
 
     Raises:
         ConfigError: not exactly one configuration, or it is no JSON object.
     """
     if not kind:
+        if text or file:
+            raise ConfigError(f"{option}-config{'' if text else '-file'} needs {option}-type")
         return None
     if bool(text) == bool(file):
-        raise ConfigError("--backend-type needs exactly one of --backend-config and --backend-config-file")
+        raise ConfigError(f"{option}-type needs exactly one of {option}-config and {option}-config-file")
     try:
         config = json.loads(text or Path(file or "").read_bytes())
     except OSError as error:
-        raise ConfigError(f"--backend-config-file {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--backend-config: not valid JSON: {error}") from error
+        raise ConfigError(f"{option}-config-file {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option}-config: not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError("--backend-config: not a JSON object")
+        raise ConfigError(f"{option}-config: not a JSON object")
     return kind, config
 
 

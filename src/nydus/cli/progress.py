@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nydus.cli.logs import Log, human
-from nydus.convert.progress import LayerProgress, Progress
+from nydus.convert.progress import CONVERT, LayerProgress, Progress, Verb
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -52,23 +52,25 @@ class Lines:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._layers: Sequence[LayerProgress] = ()
+        self._verb = CONVERT
         self._told = time.monotonic()
         self._started = self._told
 
     def note(self, message: str, **fields: object) -> None:
         self._log.info(message, **fields)
 
-    def layers(self, layers: Sequence[LayerProgress]) -> None:
-        self._layers = layers
+    def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
+        self._layers, self._verb = layers, verb
         self._started = time.monotonic()
 
     def changed(self, layer: LayerProgress) -> None:
         now = time.monotonic()
         if layer.state == "done":
             done = sum(other.state == "done" for other in self._layers)
-            verb = "reused" if layer.reused else "converted"
+            word = self._verb.kept if layer.reused else self._verb.done
+            became = f" to {human(layer.built)}" if layer.built != layer.size else ""
             self._log.info(
-                f"{verb} layer {done}/{len(self._layers)}: {human(layer.size)} to {human(layer.built)}"
+                f"{word} layer {done}/{len(self._layers)}: {human(layer.size)}{became}"
                 f" , elapse {now - self._started:.3f}s",
                 layer=layer.digest,
             )
@@ -82,7 +84,8 @@ class Lines:
             sent = sum(each.uploaded for each in self._layers)
             rate = read / max(now - self._started, 1e-3)
             self._log.info(
-                f"converting: read {human(read)} of {human(size)} at {human(rate)}/s, sent {human(sent)}"
+                f"{self._verb.doing}: read {human(read)} of {human(size)} at {human(rate)}/s, "
+                f"sent {human(sent)}"
             )
 
 
@@ -93,13 +96,14 @@ class Terminal:
         self._log, self._bars = log, bars
         self._tasks: dict[int, TaskID] = {}
         self._layers: Sequence[LayerProgress] = ()
+        self._verb = CONVERT
         self._all: TaskID | None = None
 
     def note(self, message: str, **fields: object) -> None:
         self._log.info(message, **fields)
 
-    def layers(self, layers: Sequence[LayerProgress]) -> None:
-        self._layers = layers
+    def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
+        self._layers, self._verb = layers, verb
         for position, layer in enumerate(layers):
             name = f"layer {position + 1:>2} {layer.digest[7:19]}"
             self._tasks[id(layer)] = self._bars.add_task(name, total=layer.size, note="waiting")
@@ -108,7 +112,7 @@ class Terminal:
         )
 
     def changed(self, layer: LayerProgress) -> None:
-        note = "reused" if layer.reused else "done" if layer.state == "done" else "converting"
+        note = self._verb.kept if layer.reused else "done" if layer.state == "done" else self._verb.doing
         self._bars.update(
             self._tasks[id(layer)],
             completed=layer.downloaded,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.progress import COPY, LayerProgress, Progress, Silent
 from nydus.convert.select import Image, reference_name, select
 from nydus.errors import BackendError
 from nydus.oci import model
@@ -100,7 +100,7 @@ def copy_blobs(
 ) -> int:
     """Copies several blobs at the same time, each as :func:`copy_blob` does; returns bytes sent."""
     states = [LayerProgress(n, blob.digest, blob.size) for n, blob in enumerate(blobs, 1)]
-    progress.layers(states)
+    progress.layers(states, COPY)
     stopped = threading.Event()
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1) * 2, "copy") as pool:
         pending = {
@@ -118,7 +118,7 @@ def copy_blobs(
 def _send(
     reader: Source, writer: Sink, state: LayerProgress, progress: Progress, stopped: threading.Event
 ) -> None:
-    state.state, state.downloaded = "converting", 0
+    state.state, state.downloaded = "working", 0
     stream = reader.blob(state.digest, state.size)
     try:
         with writer.upload() as upload:
@@ -159,5 +159,6 @@ def copy_blob(
                     raise
         sent = state.size
     state.state, state.downloaded, state.built, state.uploaded = "done", state.size, state.size, sent
+    state.reused = not sent
     progress.changed(state)
     return sent

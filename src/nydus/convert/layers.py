@@ -92,7 +92,7 @@ def convert_layers(
 
     def advance(position: int, read: int, built: int, sent: int) -> None:
         state = by_digest[jobs[position].layer.digest]
-        state.state, state.downloaded, state.built, state.uploaded = "converting", read, built, sent
+        state.state, state.downloaded, state.built, state.uploaded = "working", read, built, sent
         progress.changed(state)
 
     workers.run(jobs, advance, lambda position, converted: finish(jobs[position].layer.digest, converted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(slots=True)
@@ -14,11 +14,11 @@ class LayerProgress:
     Attributes:
         number: counts from 1.
         size: of the source layer as it is stored.
-        state: ``waiting``, ``converting``, ``done`` or ``failed``.
+        state: ``waiting``, ``working``, ``done`` or ``failed``.
         downloaded: of ``size``.
         built: of the Nydus blob until now.
         uploaded: of ``built``.
-        reused: it was converted before, so nothing had to be done.
+        reused: the target had it before, so nothing had to be done.
     """
 
     number: int
@@ -31,14 +31,26 @@ class LayerProgress:
     reused: bool = False
 
 
+class Verb(NamedTuple):
+    """What is done with layers: in words, while it is done, when it is, and where it need not be."""
+
+    doing: str
+    done: str
+    kept: str
+
+
+CONVERT = Verb("converting", "converted", "reused")
+COPY = Verb("copying", "copied", "found")
+
+
 class Progress(Protocol):
     """Receives the course of a conversion; every method returns at once and raises nothing."""
 
     def note(self, message: str, **fields: object) -> None:
         """A step began or ended."""
 
-    def layers(self, layers: Sequence[LayerProgress]) -> None:
-        """These layers will be converted; the objects change while they are."""
+    def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
+        """This will be done with these layers; the objects change while it is."""
 
     def changed(self, layer: LayerProgress) -> None:
         """A layer has got further."""
@@ -50,7 +62,7 @@ class Silent:
     def note(self, message: str, **fields: object) -> None:
         pass
 
-    def layers(self, layers: Sequence[LayerProgress]) -> None:
+    def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
         pass
 
     def changed(self, layer: LayerProgress) -> None:

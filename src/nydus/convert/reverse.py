@@ -255,7 +255,7 @@ def _rebuild(
         def pack(data: bytes) -> None:
             plain.update(data)
             put(packer.compress(data))
-            state.state, state.built, state.uploaded = "converting", size, upload.sent
+            state.state, state.built, state.uploaded = "working", size, upload.sent
             work.progress.changed(state)
 
         write_tar(image.open(tree, blobs), pack, omit=omit)
