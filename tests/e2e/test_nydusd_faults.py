@@ -140,6 +140,15 @@ def test_a_complete_blob_is_checked_after_an_unclean_stop(image: Image, tmp_path
             time.sleep(0.05)
         daemon.client.mount("/2", image.bootstrap, config)
         assert daemon.client.info()["backend_collection"]["/2"]["plain_blobs"] == 1
+        # What was checked is mounted, not what somebody has put in its place.
+        data = tmp_path / "cache" / f"{image.blob.name}.blob.data"
+        size = data.stat().st_size
+        data.unlink()
+        data.write_bytes(b"evil" * (size // 4))
+        daemon.client.mount("/3", image.bootstrap, config)
+        assert daemon.client.info()["backend_collection"]["/3"]["plain_blobs"] == 1
+        for file in image.files:
+            assert (daemon.mountpoint / "3" / file).read_bytes() == (image.source / file).read_bytes()
         assert daemon.stop() == 0
 
 

@@ -56,7 +56,8 @@ def test_every_byte(tmp_path: Path, kind: Compression, digester: Digester) -> No
     assert read(cache, 0, cache.length) == blob.image
     assert set(backend.fetches(blob).values()) == {1}
     assert cache.complete
-    assert cache.verified_file() == tmp_path / f"{blob.info.id}.blob.data"
+    file = cache.verified_file()
+    assert file is not None and file.path == tmp_path / f"{blob.info.id}.blob.data"
     cache.close()
     assert (tmp_path / f"{blob.info.id}.blob.data").read_bytes() == blob.image
 

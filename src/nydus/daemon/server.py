@@ -30,6 +30,7 @@ from nydus.mount import erofs, probe, syscalls, table
 
 if TYPE_CHECKING:
     from nydus.mount.fuse import FuseMount
+    from nydus.storage.files import OpenFile
 
 log = logging.getLogger(__name__)
 
@@ -433,10 +434,11 @@ class Daemon:
             self._mount_fuse(instance)
             return
         paths: list[Path | str] = []
+        plain: list[OpenFile] = []  # open until the kernel has opened them, too
         for blob in range(len(image.blobs)):
-            plain = self._plain_file(image, blob)
-            if plain is not None:
-                paths.append(plain)
+            if found := self._plain_file(image, blob):
+                plain.append(found)
+                paths.append(f"/proc/self/fd/{found.fd}")
             else:
                 file = self.devices.get(image, blob, state.number)
                 state.nodes.append(file.node)
@@ -483,12 +485,12 @@ class Daemon:
             copy.flush()
             return erofs.open_detached(f"/proc/thread-self/fd/{copy.fileno()}", devices)
 
-    def _plain_file(self, image: Image, blob: int) -> Path | None:
+    def _plain_file(self, image: Image, blob: int) -> OpenFile | None:
         """The blob's own file if every byte of it is there and verified."""
         cache = image.open_cache(blob)
         try:
-            path = cache.verified_file()
-            return path if path and path.stat().st_size >= image.blobs[blob].uncompressed_size else None
+            file = cache.verified_file()
+            return file if file and file.size() >= image.blobs[blob].uncompressed_size else None
         except (NydusError, OSError) as error:
             log.debug("cache of blob %s: %s", image.blobs[blob].id, error)
             return None

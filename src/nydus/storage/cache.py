@@ -17,6 +17,7 @@ from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import BlobFeature, BlobInfo
 from nydus.storage.backend import Backend
 from nydus.storage.fetch import Buffer, Fetcher, Patience
+from nydus.storage.files import OpenFile
 from nydus.storage.flusher import DIRTY_BYTES, flusher
 from nydus.storage.openblob import OpenBlob
 from nydus.storage.store import MISSING, READY, SUSPECT, CacheError, write_aside
@@ -186,16 +187,15 @@ class BlobCache:
         """How many stored bytes the backend gives in this time, going by recent reads."""
         return self._backend.metrics.bytes_in(seconds)
 
-    def verified_file(self) -> Path | None:
+    def verified_file(self) -> OpenFile | None:
         """The data file, if every chunk that a file uses has been checked: it can be given to EROFS as it is.
 
-        Never blocks on the backend, nor for a check: None while some chunks are not yet checked (see
-        :meth:`verify`), or have nothing to be checked with.
+        It is this very file that was checked, whatever its path leads to by now. Never blocks on the backend,
+        nor for a check: None while some chunks are not yet checked (see :meth:`verify`), or have nothing to
+        be checked with.
         """
         opened = self._opened or self._open_local()
-        if opened is None or not opened.verified() or not opened.store.in_place():
-            return None
-        return opened.store.path
+        return opened.store.file if opened is not None and opened.verified() else None
 
     def verify(self) -> int:
         """Check all chunks that an unclean stop left in doubt. Stands back while readers wait.

@@ -176,12 +176,10 @@ class Store:
             self._places_path, _PLACES.pack(_PLACES_MAGIC, len(places), zlib.crc32(rows)) + rows, sync=False
         )
 
-    def in_place(self) -> bool:
-        """Whether the path still leads to this file, and not to one of somebody who started over."""
-        try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._data.fd))
-        except OSError:
-            return False
+    @property
+    def file(self) -> OpenFile:
+        """The data file. Its path may lead to that of somebody who started over by now."""
+        return self._data
 
     def _current(self) -> bool:
         try:
