@@ -49,8 +49,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _serve(options: Options, ignored: list[str]) -> int:
-    # A thread pool of numpy's would make forking unsafe, and nothing here does linear algebra.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import logging
 
     from nydus.daemon import logs, worker

@@ -1,32 +1,42 @@
 """Processes that convert layers.
 
-They are started with a fresh interpreter, so that it is safe to use them from a process with threads, and
-get their jobs as pickles on standard input. Their end is the end of their input, or SIGTERM, on which they
-abandon their upload.
+A *forker* is started with a fresh interpreter, so that it is safe to use from a process with threads. It
+imports what a conversion needs, once, and forks the workers. Each worker gets its jobs as pickles on a
+socket. Its end is the end of its input, or SIGTERM, on which it abandons its upload.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from io import BufferedRWPair
+from typing import TYPE_CHECKING, Any
 
 from nydus.errors import NydusError
+from nydus.mount import syscalls
 
 if TYPE_CHECKING:
     from nydus.convert.job import Converted, Job
 
 _FRAME = struct.Struct("<Q")
 _PATIENCE = 5.0
+#: Chunks pass through buffers of up to some MiB: glibc is to keep that memory instead of giving it back to
+#: the kernel after each, which has to clear it the next time. Nothing here computes with BLAS.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 #: (index of the job, source bytes read, blob bytes built, blob bytes sent)
 OnProgress = Callable[[int, int, int, int], None]
@@ -41,7 +51,27 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._processes = [_start() for _ in range(count)]
+        pairs = [socket.socketpair() for _ in range(count)]
+        numbers = [theirs.fileno() for _, theirs in pairs]
+        # -P: what lies in the current directory is not imported.
+        program = f"from nydus.convert.workers import main; main({numbers})"
+        try:
+            self._forker = subprocess.Popen(
+                [sys.executable, "-P", "-c", program],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # whatever prints must not disturb the output of the command
+                pass_fds=numbers,
+                env={**_ENVIRONMENT, **os.environ},
+            )
+        except OSError as error:
+            for ours, _ in pairs:
+                ours.close()
+            raise NydusError(f"cannot start a conversion process: {error}") from error
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        self._links = [ours for ours, _ in pairs]
+        self._pipes: list[BufferedRWPair] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -51,22 +81,21 @@ class Workers:
 
     def close(self) -> None:
         """Ends all processes; those at work abandon it."""
-        for process in self._processes:
+        for link in self._links:
             with contextlib.suppress(OSError):
-                if process.stdin:
-                    process.stdin.close()
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + _PATIENCE
-        for process in self._processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdout:
-                process.stdout.close()
-        self._processes.clear()
+                link.shutdown(socket.SHUT_RDWR)
+        if self._forker.poll() is None:
+            self._forker.terminate()
+        try:
+            self._forker.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._forker.kill()
+            self._forker.wait()
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.close()
+        for link in self._links:
+            link.close()
 
     def run(self, jobs: Sequence[Job], progress: OnProgress, done: OnDone) -> None:
         """Converts layers, the largest first. The callbacks are called in this thread.
@@ -78,68 +107,54 @@ class Workers:
         events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         waiting = list(reversed(order))
         busy = 0
-        threads: list[threading.Thread] = []
 
-        def give(process: subprocess.Popen[bytes]) -> bool:
+        def give(pipe: BufferedRWPair) -> bool:
             if not waiting:
                 return False
             index = waiting.pop()
-            assert process.stdin
             try:
-                _send(process.stdin, (index, jobs[index]))
+                _send(pipe, (index, jobs[index]))
             except OSError:
-                events.put(("gone", process))
+                events.put(("gone",))
             return True
 
-        for process in self._processes[: len(jobs)]:
-            thread = threading.Thread(
-                target=_listen, args=(process, events), name="convert-events", daemon=True
-            )
-            thread.start()
-            threads.append(thread)
-            busy += give(process)
+        for link in self._links[: len(jobs)]:
+            pipe = link.makefile("rwb")
+            self._pipes.append(pipe)
+            threading.Thread(target=_listen, args=(pipe, events), name="convert-events", daemon=True).start()
+            busy += give(pipe)
         while busy:
             match events.get():
                 case ("progress", index, read, built, sent):
                     progress(index, read, built, sent)
-                case ("done", index, converted, process):
+                case ("done", index, converted, pipe):
                     done(index, converted)
-                    busy += give(process) - 1
+                    busy += give(pipe) - 1
                 case ("failed", error):
                     raise error
-                case ("gone", process):
-                    code = process.wait()
+                case ("gone",):
+                    code = self._forker.wait()
                     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
                     raise NydusError(f"a conversion process was ended {how}; was there too little memory?")
 
 
-def _start() -> subprocess.Popen[bytes]:
-    # -P: what lies in the current directory is not imported.
-    command = [sys.executable, "-P", "-c", "from nydus.convert.workers import main; main()"]
+def _listen(pipe: BufferedRWPair, events: queue.SimpleQueue[tuple[Any, ...]]) -> None:
     try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    except OSError as error:
-        raise NydusError(f"cannot start a conversion process: {error}") from error
-
-
-def _listen(process: subprocess.Popen[bytes], events: queue.SimpleQueue[tuple[Any, ...]]) -> None:
-    assert process.stdout
-    try:
-        while message := _receive(process.stdout):
-            events.put((*message, process) if message[0] == "done" else message)
+        while message := _receive(pipe):
+            events.put((*message, pipe) if message[0] == "done" else message)
     except (OSError, ValueError, EOFError):
         pass
-    events.put(("gone", process))
+    events.put(("gone",))
 
 
-def _send(pipe: IO[bytes], message: object) -> None:
+def _send(pipe: BufferedRWPair, message: object) -> None:
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     pipe.write(_FRAME.pack(len(data)))
     pipe.write(data)
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes]) -> tuple[Any, ...] | None:
+def _receive(pipe: BufferedRWPair) -> tuple[Any, ...] | None:
     head = pipe.read(_FRAME.size)
     if len(head) < _FRAME.size:
         return None
@@ -151,22 +166,76 @@ def _receive(pipe: IO[bytes]) -> tuple[Any, ...] | None:
     return message
 
 
-def main() -> None:
-    """The life of a worker process."""
+def main(numbers: Sequence[int]) -> None:
+    """The life of the forker.
+
+    It ends when all workers have ended, as the first that failed did: a signal that killed one kills it, too.
+
+    Args:
+        numbers: descriptors of sockets, one for each worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us in order
-    signal.signal(signal.SIGTERM, _stop)
-    jobs = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not break the frames
+    import nydus.convert.layer
+    import nydus.oci.registry  # noqa: F401  the most usual source and target
+
+    # A worker lives for some layers; what is garbage in cycles until then is not worth a search.
+    gc.disable()
+    gc.freeze()
+    links = [socket.socket(fileno=number) for number in numbers]
+    workers = [_fork(link, links) for link in links]
+    for link in links:
+        link.close()
+
+    def end(*_: object) -> None:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    failed = 0
+    while workers:
+        pid, status = os.wait()
+        workers.remove(pid)
+        if status and not failed:
+            failed = status
+            end()
+    if os.WIFSIGNALED(failed):
+        signal.signal(os.WTERMSIG(failed), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(failed))
+    os._exit(os.waitstatus_to_exitcode(failed))  # an interpreter takes its time to end
+
+
+def _fork(link: socket.socket, links: Sequence[socket.socket]) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        for other in links:
+            if other is not link:
+                other.close()
+        signal.signal(signal.SIGTERM, _stop)
+        syscalls.die_with_parent(signal.SIGKILL)
+        if os.getppid() == parent:
+            _work(link.makefile("rwb"))
+        status = 0
+    except SystemExit:
+        pass
+    finally:
+        os._exit(status)
+
+
+def _work(pipe: BufferedRWPair) -> None:
+    from nydus.convert.layer import convert_layer
+
     lock = threading.Lock()
 
     def answer(message: object) -> None:
         with lock:
-            _send(answers, message)
+            _send(pipe, message)
 
-    from nydus.convert.layer import convert_layer
-
-    while (received := _receive(jobs)) is not None:
+    while (received := _receive(pipe)) is not None:
         index, job = received
 
         def report(read: int, built: int, sent: int, index: int = index) -> None:
@@ -183,7 +252,6 @@ def main() -> None:
 
             traceback.print_exc()
             answer(("failed", NydusError(f"layer {job.number}: {type(error).__name__}: {error}")))
-    os._exit(0)  # nothing is left to tidy up, and an interpreter takes its time to do so
 
 
 def _stop(*_: object) -> None:

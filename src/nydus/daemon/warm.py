@@ -22,7 +22,6 @@ def serve(descriptor: int, run: Callable[[Sequence[str]], int]) -> int:
         descriptor: the socket.
         run: runs a daemon with given arguments and returns its exit status.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from nydus.daemon import logs, supervisor, worker
 
     del logs, supervisor
