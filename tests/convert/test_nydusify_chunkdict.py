@@ -14,6 +14,7 @@ import pytest
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify
 
+from nydus.convert.backend import FolderPlace
 from nydus.convert.check import check
 from nydus.convert.copy import copy
 from nydus.convert.opened import Opened, open_nydus
@@ -123,6 +124,51 @@ def test_later_conversions_refer_to_it(
     database.close()
 
 
+def test_an_index_over_ordinary_layers(server: FaultyRegistry, nydusify: Nydusify, tmp_path: Path) -> None:
+    """Its chunks are in the ordinary layers, which have to be where the dictionary is, and what is built."""
+    images = []
+    for name, *layers in (("one", "abc"), ("two", "d", "cb")):
+        images.append(f"{server.host}/{name}:index")
+        convert(nydusify, push(server, name, *layers), images[-1], "--oci-ref")
+    target = f"{server.host}/dictionary:v1"
+    done = nydusify(
+        "chunkdict", "generate", "--sources", ",".join(images), "--target", target, "--plain-http"
+    )
+    assert done.returncode == 0, done.stderr
+    third = push(server, "three", "be", "c")
+    built = f"{server.host}/three:shared"
+    shared = convert(nydusify, third, built, "--chunk-dict", f"bootstrap:registry:{target}")
+    assert sum(layer.size for layer in shared.found.manifest.layers[:2]) < 310_000
+    check(place(built), place(third), host_platform(), tmp_path)
+    mixed = nydusify("info", built, "--plain-http").stdout
+    assert "Kind:        a Nydus image\n" in mixed
+
+
+def test_for_images_in_a_storage_backend(server: FaultyRegistry, nydusify: Nydusify, tmp_path: Path) -> None:
+    folder = tmp_path / "blobs"
+    where = ["--backend-type", "localfs", "--backend-config", json.dumps({"dir": str(folder)})]
+    listed, third = f"{server.host}/one:nydus", push(server, "three", "be")
+    convert(nydusify, push(server, "one", "abc"), listed)
+    built, dictionary = f"{server.host}/three:built", f"bootstrap:registry:{listed}"
+    convert(nydusify, third, built, "--chunk-dict", dictionary, *where)
+    assert {len(path.name) for path in folder.iterdir()} == {64} and len(list(folder.iterdir())) == 2
+    check(place(built), place(third), None, tmp_path, target_blobs=FolderPlace(folder))
+
+    # The same where the dictionary itself does not list its blobs.
+    stored = f"{server.host}/one:stored"
+    convert(nydusify, f"{server.host}/one:v1", stored, *where)
+    again = ["convert", "--source", third, "--target", built, "--plain-http", "--no-reuse"]
+    again += ["--chunk-dict", f"bootstrap:registry:{stored}"]
+    refused = nydusify(*again)
+    assert refused.returncode == 1 and "its blobs are in a storage backend" in refused.stderr
+    assert nydusify(*again, *where).returncode == 0
+    check(place(built), place(third), None, tmp_path, target_blobs=FolderPlace(folder))
+    for path in folder.iterdir():
+        path.unlink()
+    refused = nydusify(*again, *where)
+    assert refused.returncode == 1 and f"is not in {folder}" in refused.stderr
+
+
 def test_identical_images_share_everything(server: FaultyRegistry, nydusify: Nydusify) -> None:
     source = push(server, "one", "ab")
     images = [f"{server.host}/{name}:nydus" for name in ("one", "copy")]
@@ -164,6 +210,6 @@ def test_what_cannot_be_used(
     assert "at least two" in refused(f"{app}:v6-zstd")
     assert "version of" in refused(f"{app}:v6-zstd", f"{app}:v5-zstd")
     assert "is not a Nydus image" in refused(f"{app}:v6-zstd", f"{app}:source")
-    assert "oci-ref" in refused(f"{app}:v6-zstd", f"{app}:oci-ref")
+    assert "digester of" in refused(f"{app}:v6-zstd", f"{app}:oci-ref")
     assert "nothing" in refused(f"{app}:v6-zstd", f"{app}:nothing")
     assert not any("/new/manifests" in path for path in server.paths("PUT"))

@@ -314,7 +314,7 @@ def _check_bootstrap(side: Side, report: Report) -> None:
         for layer in layers
         if model.NYDUS_REF in layer.annotations
     }
-    if references:
+    if layers[:-1] and all(model.NYDUS_REF in layer.annotations for layer in layers[:-1]):
         report.kind = "oci-ref"
     if tree.blobs and not layers[:-1]:
         report.kind = "storage-backend"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from nydus.convert.copy import copy_blob, linkable_repository
+from nydus.convert.copy import linkable_repository
 from nydus.convert.opened import Opened, open_each, put_variant
-from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
 from nydus.errors import ConfigError, NydusError
 from nydus.oci import model
@@ -78,7 +78,7 @@ def generate(
             chunks as an SQLite database (``database.db``) and a report. Kept.
 
     Raises:
-        ConfigError: a source is no Nydus image, or one whose blobs are not its own.
+        ConfigError: a source is no Nydus image, or one with its blobs in a storage backend.
         NydusError: they were built with different options, or cannot be read.
     """
     from nydus.build import chunkdict as build
@@ -112,10 +112,6 @@ def generate(
 
 
 def _check(image: Opened, pushed: bool) -> None:
-    if any(model.NYDUS_REF in blob.annotations for blob in image.blobs):
-        raise ConfigError(
-            f"{image.place}: is an index over ordinary layers (oci-ref), whose chunks cannot be shared"
-        )
     if pushed and image.tree.blobs and not image.blobs:
         raise ConfigError(f"{image.place}: its blobs are in a storage backend: leave out --target")
 
@@ -192,18 +188,14 @@ def _push(
     layers = []
     metas: dict[str, bytes] = {}
     progress.note("pushing image", image=target)
-    for number, blob in enumerate(tree.blobs, 1):
-        digest = f"sha256:{blob.id}"
-        home, layer = next(
-            ((image, layer) for image in images for layer in image.blobs if layer.digest == digest),
-            (None, None),
-        )
+    for blob in tree.blobs:
+        homes = ((image, image.layer_of(f"sha256:{blob.id}")) for image in images)
+        home, layer = next(((image, layer) for image, layer in homes if layer), (None, None))
         if home is None or layer is None:
             raise NydusError(f"blob {blob.id} of the dictionary is in no manifest")
-        link_from = linkable_repository(home.place, target)
-        copy_blob(home.source, writer, LayerProgress(number, digest, layer.size), link_from)
+        home.copy_to(writer, linkable_repository(home.place, target), Silent(), [layer])
         layers.append(layer)
-        metas |= {key: data for key, data in home.metas.items() if key == blob.id}
+        metas |= {key: data for key, data in home.metas.items() if f"sha256:{key}" == layer.digest}
     base = _without_origin(images[0])
     history = [f"chunkdict generate: blob with shared chunks {blob.id[:12]}" for blob in tree.blobs]
     made = put_variant(base, writer, name, tree, layers, metas=metas, annotations={}, history=history)

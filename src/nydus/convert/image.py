@@ -100,6 +100,10 @@ def image(
             _check(found, reader, f"{source}", options)
         writer = target.open_sink()
         chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
+        if chunks and chunks.tree.blobs and not chunks.blobs and backend is None:
+            raise ConfigError(
+                f"{dictionary}: its blobs are in a storage backend, the image's have to be, too"
+            )
         dictionary_digest = chunks.found.descriptor.digest if chunks else ""
         cached = cache.load(options, dictionary_digest) if cache else {}
         pulled = time.monotonic()
@@ -134,7 +138,7 @@ def image(
             source,
             writer,
             options,
-            elsewhere=backend is not None,
+            backend=backend,
             dictionary=chunks,
             target=target,
         )
@@ -200,14 +204,14 @@ def _assemble(
     writer: Sink,
     options: ConvertOptions,
     *,
-    elsewhere: bool,
+    backend: BackendPlace | None,
     dictionary: Opened | None,
     target: SinkPlace,
 ) -> Manifest:
     """Merges the layers of one image and stores all of it but the manifest.
 
     Args:
-        elsewhere: the blobs are in a storage backend, so the manifest does not list them.
+        backend: where the blobs are instead of the target, whose manifest then does not list them.
     """
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
@@ -231,16 +235,20 @@ def _assemble(
         for blob in blobs
     ]
     if dictionary is not None:
-        used = {f"sha256:{blob.id}" for blob in tree.blobs} - {layer.digest for layer in layers}
-        shared = [layer for layer in dictionary.blobs if layer.digest in used]
-        for layer in shared:
-            state = LayerProgress(0, layer.digest, layer.size)
-            copy_blob(dictionary.source, writer, state, linkable_repository(dictionary.place, target))
+        own = {layer.digest for layer in layers}
+        used = [f"sha256:{blob.id}" for blob in tree.blobs]
+        blobs_sink = backend.open_sink() if backend else writer
+        for digest in used:
+            if digest not in own and not dictionary.layer_of(digest) and not blobs_sink.has_blob(digest):
+                raise ConfigError(f"{dictionary.place}: its blob {digest} is not in {backend}")
+        shared = [layer for layer in map(dictionary.layer_of, used) if layer and layer.digest not in own]
+        link_from = "" if backend else linkable_repository(dictionary.place, target)
+        dictionary.copy_to(blobs_sink, link_from, Silent(), shared)
         layers += shared
-    if elsewhere:
+    if backend:
         layers = []
     diff_ids = [*(layer.digest for layer in layers), diff_id]
-    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=not elsewhere)
+    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=backend is None)
     kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
     config = writer.put_blob(raw_config, kind)
     origin = found.descriptor

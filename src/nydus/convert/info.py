@@ -73,7 +73,8 @@ def describe(found: Image, reader: Source, reference: str) -> Info:
 def _kind(found: Image) -> str:
     if not found.is_nydus:
         return "oci"
-    if any(model.NYDUS_REF in layer.annotations for layer in found.manifest.layers):
+    blobs = found.manifest.layers[:-1]
+    if blobs and all(model.NYDUS_REF in layer.annotations for layer in blobs):
         return "oci-ref"
     return "nydus" if len(found.manifest.layers) > 1 else "storage-backend"
 

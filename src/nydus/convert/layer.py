@@ -14,7 +14,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
 from nydus.oci.foreign import open_layer, plain_http
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
-from nydus.rafs.model import Compression, Digester, Tree
+from nydus.rafs.model import Compression, Digester, SuperFlag, Tree
 
 _COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
 _REPORT_SECONDS = 0.1
@@ -48,6 +48,10 @@ def build_options(options: ConvertOptions, dictionary: Tree | None = None) -> Bu
         aligned=options.aligned_chunk,
         whiteout=Whiteout.NONE,
         prefetch_table=True,
+        # Chunks are found by digest: an index over ordinary layers (oci-ref) has sha256.
+        digester=Digester.SHA256
+        if dictionary is not None and dictionary.flags & SuperFlag.HASH_SHA256
+        else Digester.BLAKE3,
         dictionary=dictionary,
     )
 

@@ -101,21 +101,25 @@ class Opened:
             if name.endswith(_META)
         }
 
-    def needed(self) -> list[Descriptor]:
-        """The blobs that a copy of the image needs, with the layers that an index (``oci-ref``) is over."""
-        found = {blob.digest: blob for blob in self.blobs}
-        for blob in self.blobs:
-            if (digest := blob.annotations.get(model.NYDUS_REF)) and digest not in found:
-                found[digest] = Descriptor(digest=digest, size=self.source.blob_size(digest))
-        return list(found.values())
+    def layer_of(self, digest: str) -> Descriptor | None:
+        """The layer through which a blob of the tree is had: itself, or the index over it (``oci-ref``)."""
+        return next((b for b in self.blobs if digest in (b.digest, b.annotations.get(model.NYDUS_REF))), None)
 
-    def copy_to(self, writer: Sink, link_from: str, progress: Progress) -> int:
-        """Has all blobs in a target; returns bytes sent.
+    def copy_to(
+        self, writer: Sink, link_from: str, progress: Progress, layers: Sequence[Descriptor] | None = None
+    ) -> int:
+        """Has blobs in a target, with the layers that an index (``oci-ref``) is over; returns bytes sent.
 
         Args:
             link_from: a repository of the target's registry that has them, "" for none.
+            layers: of this image; None is all but the bootstrap.
         """
-        return copy_blobs(self.source, writer, self.needed(), link_from, progress)
+        wanted = self.blobs if layers is None else layers
+        found = {blob.digest: blob for blob in wanted}
+        for blob in wanted:
+            if (digest := blob.annotations.get(model.NYDUS_REF)) and digest not in found:
+                found[digest] = Descriptor(digest=digest, size=self.source.blob_size(digest))
+        return copy_blobs(self.source, writer, list(found.values()), link_from, progress)
 
 
 def open_nydus(place: SourcePlace, platform: Platform | None = None, *, exact: bool = True) -> Opened:
