@@ -80,6 +80,16 @@ def test_all_commands(
     stored = options(backend, "source-")
     run("check", "--source", target, "--target", copied, "--no-mount", *stored)
 
+    (tmp_path / "files").write_text("/\n")
+    optimized = f"{server.host}/small:optimized"
+    files = ("--prefetch-files", str(tmp_path / "files"))
+    run("optimize", "--source", target, "--target", optimized, *files, *stored)
+    manifest = load(of(optimized).open(), "optimized")
+    assert len(manifest["layers"]) == len(manifest["config"]["content"]["rootfs"]["diff_ids"]) == 1
+    run("check", "--source", source, "--target", optimized, "--no-mount", *options(backend, "target-"))
+    done = nydusify("optimize", "--source", target, "--target", optimized, *files, "--plain-http")
+    assert done.returncode == 1 and "say which with --source-backend-type" in done.stderr
+
     back = f"{server.host}/back:oci"
     run("convert", "--reverse", "--source", target, "--target", back, *options(backend))
     run("check", "--source", back, "--target", copied, "--no-mount")

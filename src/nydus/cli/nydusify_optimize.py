@@ -29,9 +29,9 @@ _TOLD = 5
 )
 @option("--policy", env="OPTIMIZE_POLICY", default="separated-blob-with-prefetch-files", hidden=True)
 @option("--platform", help="os/architecture; default: this machine's.")
-@option("--source-backend-type", hidden=True)
-@option("--source-backend-config", hidden=True)
-@option("--source-backend-config-file", hidden=True)
+@option("--source-backend-type", env="BACKEND_TYPE", help="Where the source's blobs are: oss, s3 or localfs.")
+@option("--source-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--work-dir", env="WORK_DIR", default="./tmp", help="For the new blob until it is pushed. [./tmp]")
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
@@ -41,10 +41,12 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     """Put what a container reads first into a blob of its own.
 
     A daemon fetches that blob in one go while the container starts. Files and everything else stay the same.
-    The target may be any repository: blobs that it lacks are linked or copied.
+    The target may be any repository: blobs that it lacks are linked or copied. Where the blobs of the image
+    are in a storage backend, the new one goes there.
     """
-    from nydus.cli.nydusify_places import one_platform, source_place, work_dir
+    from nydus.cli.nydusify_places import backend_config, one_platform, source_place, work_dir
     from nydus.cli.progress import progress_for
+    from nydus.convert.backend import backend_place
     from nydus.convert.optimize import optimize as run
     from nydus.oci.place import registry_place
     from nydus.oci.reference import parse
@@ -65,7 +67,13 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         trace = Path(values["prefetch_files"]).read_bytes()
     except OSError as error:
         raise ConfigError(f"--prefetch-files {values['prefetch_files']}: {error.strerror}") from error
-    backend = _backend(values)
+    found = backend_config(
+        values["source_backend_type"],
+        values["source_backend_config"],
+        values["source_backend_config_file"],
+        "--source-backend",
+    )
+    backend = backend_place(*found) if found else None
     with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
         made = run(
             source,
@@ -96,17 +104,4 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         },
         target=target,
         digest=made.descriptor.digest,
-    )
-
-
-def _backend(values: dict[str, Any]) -> Any:
-    """The source of blobs that the ``--source-backend-…`` options describe, or None."""
-    from nydus.cli.image_source import open_blobs
-
-    if not values["source_backend_type"]:
-        return None
-    return open_blobs(
-        backend_type=values["source_backend_type"],
-        backend_config=values["source_backend_config"],
-        backend_config_file=values["source_backend_config_file"],
     )

@@ -112,7 +112,7 @@ def generate(
 
 
 def _check(image: Opened, pushed: bool) -> None:
-    if pushed and image.tree.blobs and not image.blobs:
+    if pushed and image.elsewhere:
         raise ConfigError(f"{image.place}: its blobs are in a storage backend: leave out --target")
 
 

@@ -86,6 +86,11 @@ def commit(
     name = reference_name(target)
     progress.note("pulling base bootstrap", image=base)
     opened = open_nydus(base)
+    if opened.elsewhere:
+        raise ConfigError(
+            f"{base}: its blobs are in a storage backend; run the container from a copy that has them "
+            "(nydusify copy --source-backend-type)"
+        )
     earlier = _committed(opened)
     if len(earlier) >= maximum:
         raise ConfigError(f"{base}: commits have added {len(earlier)} layers already, the limit is {maximum}")

@@ -13,6 +13,7 @@ from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
+from nydus.convert.finished import Finished, kept_layers
 from nydus.convert.job import Converted
 from nydus.convert.layers import convert_layers, readable, repository_of
 from nydus.convert.merged import put_original
@@ -100,7 +101,7 @@ def image(
             _check(found, reader, f"{source}", options)
         writer = target.open_sink()
         chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
-        if chunks and chunks.tree.blobs and not chunks.blobs and backend is None:
+        if chunks and chunks.elsewhere and backend is None:
             raise ConfigError(
                 f"{dictionary}: its blobs are in a storage backend, the image's have to be, too"
             )
@@ -110,8 +111,15 @@ def image(
         progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
         progress.note(f"converting image {source}")
+        finished: Finished | None = None
+        if options.record and repository_of(target) and not (cache or backend or dictionary):
+            finished = Finished(options.record, options, str(source), repository_of(target))
+        with readable(target) as stored:
+            before = [finished.find(found, stored) if finished else None for found in images]
+        pairs = list(zip(images, before, strict=True))
         layers, blobs = convert_layers(
-            images,
+            [found for found, manifest in pairs if manifest is None],
+            [state for found, manifest in pairs if manifest for state in kept_layers(found, manifest)],
             source,
             backend or target,
             options,
@@ -132,7 +140,8 @@ def image(
                 state = LayerProgress(0, layer.digest, layer.size)
                 copy_blob(reader, writer, state, link_from)
     manifests = [
-        _assemble(
+        manifest
+        or _assemble(
             found,
             [blobs[layer.digest] for layer in found.manifest.layers],
             source,
@@ -142,7 +151,7 @@ def image(
             dictionary=chunks,
             target=target,
         )
-        for found in images
+        for found, manifest in pairs
     ]
     if options.merge_platform:
         entries = [put_original(found, reader, writer, link_from) for found in images]
@@ -154,6 +163,9 @@ def image(
         media_type = model.OCI_INDEX if options.oci else index.media_type
         entries = _put_manifests(manifests, images, writer)
         descriptor = _put_index(media_type, index.annotations, entries, name, writer)
+    if finished:
+        for found, manifest in zip(images, manifests, strict=True):
+            finished.add(found, manifest)
     if cache:
         known = {digest: known_of(blob, repository_of(target)) for digest, blob in blobs.items()}
         with readable(backend or target) as stored:

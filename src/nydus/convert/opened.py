@@ -79,6 +79,11 @@ class Opened:
             for layer in self.found.manifest.layers[:-1]
         ]
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its blobs are in a storage backend; then it does not list them."""
+        return bool(self.tree.blobs) and not self.blobs
+
     @cached_property
     def backend(self) -> SourceBackend:
         """Where its blobs can be read.
@@ -86,7 +91,7 @@ class Opened:
         Raises:
             ConfigError: they are in a storage backend, of which the image does not say more.
         """
-        if self.tree.blobs and not self.blobs:
+        if self.elsewhere:
             raise ConfigError(
                 f"{self.place}: its blobs are in a storage backend; say which with --backend-type"
             )
@@ -180,7 +185,7 @@ def put_variant(
     All else is kept, but for ``subject``: what the first image was made of does not refer to this one.
 
     Args:
-        blobs: its layers below the bootstrap.
+        blobs: its layers below the bootstrap; none if its blobs are in a storage backend.
         metas: blob id -> ``blob.meta`` file; those of blobs that the image does not have are left out.
         annotations: of the bootstrap layer, besides those that every one has.
         history: what each blob beyond those of ``base`` is, for the history of the config.
@@ -188,7 +193,7 @@ def put_variant(
     """
     from nydus.build.layer import write_bootstrap
 
-    ids = {blob.digest.partition(":")[2] for blob in blobs}
+    ids = {blob.digest.partition(":")[2] for blob in blobs} or {blob.id for blob in tree.blobs}
     kept = {blob_id: data for blob_id, data in metas.items() if blob_id in ids}
     packed, diff_id = bootstrap_layer(write_bootstrap(tree), kept, others)
     manifest = base.found.manifest

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nydus.convert.backend import BackendPlace
 from nydus.convert.copy import linkable_repository
 from nydus.convert.documents import BOOTSTRAP
 from nydus.convert.opened import PREFETCH_BLOB, open_nydus, put_variant, store_blob
@@ -21,7 +22,6 @@ from nydus.oci.place import SinkPlace, SourcePlace
 if TYPE_CHECKING:
     from nydus.build.optimize import Optimized
     from nydus.rafs.model import BlobInfo, Tree
-    from nydus.storage.backend import Backend
 
 #: In the bootstrap layer: the trace that the image was optimized with.
 _PREFETCH_FILES = "image/prefetch.files"
@@ -54,14 +54,14 @@ def optimize(
     platform: Platform | None,
     work_dir: Path,
     progress: Progress | None = None,
-    backend: Backend | None = None,
+    backend: BackendPlace | None = None,
 ) -> OptimizedImage:
     """Puts what a trace names into one more blob, and has the whole image in the target.
 
     Args:
         trace: see :func:`nydus.convert.trace.read_trace`.
         work_dir: existing folder for the new blob until it is stored.
-        backend: where the blobs are, if not beside the manifest; then the image is to have them in both.
+        backend: where the blobs are read. An image that does not list its blobs gets the new one there, too.
 
     Raises:
         NydusError: one line that says what is wrong and where; the target's tag is not there then.
@@ -74,22 +74,25 @@ def optimize(
     name = reference_name(target)
     progress.note("pulling bootstrap", image=source)
     base = open_nydus(source, platform)
-    if base.tree.blobs and not base.blobs:
-        raise ConfigError(f"{source}: its blobs are in a storage backend; optimize works on registries only")
+    if base.elsewhere and backend is None:
+        raise ConfigError(
+            f"{source}: its blobs are in a storage backend; say which with --source-backend-type"
+        )
     files, missing = resolve(read_trace(trace, trace_name, base.files[BOOTSTRAP]), base.tree)
     if not files:
         raise ConfigError(f"{trace_name}: names no file of {source}")
     writer = target.open_sink()
     sent = base.copy_to(writer, linkable_repository(source, target), progress)
     progress.note("optimizing image", image=source)
-    with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder:
-        with closing(images.open(base.tree, backend or base.backend)) as image:
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder, ExitStack() as stack:
+        blobs = stack.enter_context(closing(backend.open())) if backend else base.backend
+        with closing(images.open(base.tree, blobs)) as image:
             made = build.optimize(image, files, folder)
         if made.blob is None:
             raise ConfigError(f"{trace_name}: no file of it has data in {source}")
         progress.note("pushing image", image=target)
         path = Path(folder) / made.blob.id
-        layer = store_blob(path, writer)
+        layer = store_blob(path, backend.open_sink() if backend and base.elsewhere else writer)
         metas = {**base.metas, **_table(made.blob, path)} if base.tree.version == 6 else {}
     _fetch_first(made, base.tree, [file.path for file in files])
     descriptor = put_variant(
@@ -97,10 +100,10 @@ def optimize(
         writer,
         name,
         made.tree,
-        [*base.blobs, layer],
+        [] if base.elsewhere else [*base.blobs, layer],
         metas=metas,
         annotations={PREFETCH_BLOB: made.blob.id},
-        history=["optimize: what is read first"],
+        history=[] if base.elsewhere else ["optimize: what is read first"],
         others={_PREFETCH_FILES: trace},
     )
     progress.note("pushed image", image=target)
