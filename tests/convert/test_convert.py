@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -370,7 +371,8 @@ def test_a_record_that_is_not_true_is_not_believed(
     again = image(place(source), place(f"{server.host}/small:again"), options)
     assert not any(layer.reused for layer in again.layers)
     assert again.descriptor.digest == first.descriptor.digest
-    for path in files:
+    shutil.rmtree(tmp_path / "record/images")  # what it says of the whole image is true now
+    for path in (path for path in files if path.exists()):
         path.write_bytes(path.read_bytes().replace(b'"bootstrap":"', b'"bootstrap":"00'))
     again = image(place(source), place(f"{server.host}/small:again"), options)
     assert not any(layer.reused for layer in again.layers)

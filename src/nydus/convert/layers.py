@@ -40,6 +40,7 @@ def repository_of(place: SinkPlace | SourcePlace | BackendPlace) -> str:
 
 def convert_layers(
     images: Sequence[Image],
+    kept: Sequence[LayerProgress],
     source: SourcePlace,
     target: SinkPlace | BackendPlace,
     options: ConvertOptions,
@@ -52,6 +53,7 @@ def convert_layers(
     """Has every distinct layer in the target.
 
     Args:
+        kept: layers of other images, with which nothing has to be done.
         cached: source digest -> layer of a build cache.
         dictionary: chunks to refer to instead of storing them again.
         cache: where the blobs of ``cached`` are.
@@ -65,7 +67,7 @@ def convert_layers(
             distinct.setdefault(layer.digest, (number, layer))
     states = [LayerProgress(number, layer.digest, layer.size) for number, layer in distinct.values()]
     by_digest = {state.digest: state for state in states}
-    progress.layers(states)
+    progress.layers([*kept, *states])
     # An index over a layer is made faster than found again, and a storage backend is only written to.
     # What was built with a dictionary is of use with that one only. A build cache has all of them.
     lasting = not options.oci_ref and not isinstance(target, BackendPlace) and dictionary is None
@@ -96,7 +98,7 @@ def convert_layers(
         progress.changed(state)
 
     workers.run(jobs, advance, lambda position, converted: finish(jobs[position].layer.digest, converted))
-    return states, blobs
+    return [*kept, *states], blobs
 
 
 def _take_over(

@@ -103,16 +103,22 @@ class Record:
 
     def add(self, source_digest: str, known: Known) -> None:
         """Notes a converted layer."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
-                file.write(msgspec.json.encode(msgspec.structs.replace(known, source=source_digest)))
-            Path(file.name).replace(self._folder / source_digest.partition(":")[2])
-            entries = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
-            for entry in entries[:-_MOST]:
-                entry.unlink(missing_ok=True)
-        except OSError:
-            pass  # it is only a help
+        data = msgspec.json.encode(msgspec.structs.replace(known, source=source_digest))
+        note(self._folder, source_digest.partition(":")[2], data)
+
+
+def note(folder: Path, name: str, data: bytes) -> None:
+    """Writes a small file into a folder that keeps the newest ones only. It is a help: errors are ignored."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(folder / name)
+        entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        for entry in entries[:-_MOST]:
+            entry.unlink(missing_ok=True)
+    except OSError:
+        pass
 
 
 def take_over(

@@ -1,0 +1,90 @@
+"""Images that were converted before, as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faulty import FaultyRegistry
+
+from nydus.convert.image import Result, image
+from nydus.convert.options import ConvertOptions
+from nydus.oci import model
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+from nydus.oci.registry import Registry
+
+pytestmark = pytest.mark.vectors
+
+
+def place(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+@pytest.mark.parametrize("oci_ref", [False, True])
+def test_an_image_is_not_even_merged_again(
+    server: FaultyRegistry, source: str, tmp_path: Path, oci_ref: bool
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record", oci_ref=oci_ref)
+    first = image(place(source), place(f"{server.host}/small:one"), options)
+    server.seen.clear()
+    second = image(place(source), place(f"{server.host}/small:two"), options)
+    assert second.descriptor.digest == first.descriptor.digest
+    assert [(layer.state, layer.reused) for layer in second.layers] == [("done", True)] * 3
+    assert [layer.size for layer in second.layers] == [layer.size for layer in first.layers]
+    assert (second.target_size, second.start_size) == (first.target_size, first.start_size)
+    assert not server.paths("POST") and not server.paths("PATCH")
+    assert server.paths("PUT") == ["/v2/small/manifests/two"]
+
+
+def test_other_options_or_another_source_make_another_image(
+    server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    def convert(**options: bool) -> Result:
+        target = place(f"{server.host}/small:nydus")
+        return image(place(source), target, ConvertOptions(record=tmp_path / "record", **options))
+
+    results = [
+        convert(),
+        convert(oci=True),
+        convert(merge_platform=True),
+        convert(with_referrer=True),
+        convert(),
+    ]
+    assert results[0].descriptor.digest == results[-1].descriptor.digest
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        descriptor, data = repository.manifest("latest")
+        repository.put_manifest("other", data, descriptor.media_type)
+    other = image(
+        place(f"{server.host}/small:other"),
+        place(f"{server.host}/small:nydus"),
+        ConvertOptions(record=tmp_path / "record"),
+    )
+    # The source's name is in the manifest.
+    assert other.descriptor.digest != results[0].descriptor.digest
+
+
+@pytest.mark.parametrize("gone", ["manifest", "blob", "record"])
+def test_what_the_target_has_lost_is_made_again(
+    server: FaultyRegistry, source: str, tmp_path: Path, gone: str
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record")
+    target = place(f"{server.host}/small:nydus")
+    first = image(place(source), target, options)
+    with Registry(server.host, plain_http=True) as registry:
+        _, data = registry.repository("small").manifest("nydus")
+    manifest = model.decode(data, model.Manifest, "")
+    if gone == "record":
+        for path in (tmp_path / "record/images").iterdir():
+            path.write_bytes(b"nonsense")
+    else:
+        digest = manifest.layers[0].digest if gone == "blob" else first.descriptor.digest
+        for path in (tmp_path / "registry").rglob(f"*{digest.partition(':')[2]}*"):
+            path.unlink()
+    again = image(place(source), target, options)
+    assert again.descriptor.digest == first.descriptor.digest
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        assert repository.manifest("nydus")[1] == data
+        assert all(repository.has_blob(layer.digest) for layer in manifest.layers)
