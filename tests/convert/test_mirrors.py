@@ -87,6 +87,23 @@ def test_a_server_takes_the_place_of_the_registry(
     assert done.returncode == 0 and "an ordinary OCI image" in done.stdout, done.stderr
 
 
+@pytest.mark.root
+def test_a_mount_reads_the_mirror(
+    server: FaultyRegistry, mirror: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path
+) -> None:
+    nydus = source.replace("latest", "nydus")
+    assert nydusify("convert", "--source", source, "--target", nydus, "--plain-http").returncode == 0
+    there = nydus.replace(server.host, mirror.host)
+    assert nydusify("copy", "--source", nydus, "--target", there, "--plain-http").returncode == 0
+    folder = hosts(tmp_path, server.host, f"http://{mirror.host}")
+    server.seen.clear()
+    mirror.seen.clear()
+    done = nydusify("--hosts-dir", folder, "check", "--source", source, "--target", nydus, "--plain-http")
+    assert done.returncode == 0, done.stderr
+    ranges = [headers["Range"] for _, _, headers in mirror.seen if "Range" in headers]
+    assert ranges and not [headers for _, _, headers in server.seen if "Range" in headers]
+
+
 def test_wrong_files(source: str, nydusify: Nydusify, tmp_path: Path, server: FaultyRegistry) -> None:
     folder = hosts(tmp_path, server.host, "ftp://example.com")
     done = nydusify("--hosts-dir", folder, "info", source, "--plain-http")

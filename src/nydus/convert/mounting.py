@@ -18,6 +18,7 @@ from typing import Any
 
 from nydus.daemon.client import DaemonClient
 from nydus.errors import ConfigError, MountError, NydusError
+from nydus.oci.mirrored import MirroredPlace
 from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
 
 _START_SECONDS = 30.0
@@ -44,7 +45,21 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
         config["registry_token"] = mine.registry_token
     elif mine:
         raise ConfigError(f"{reference.host}: nydusd cannot use an identity token; log in with a password")
+    if place.proxy:
+        config["proxy"] = {"url": place.proxy, "fallback": False}
+    if isinstance(place, MirroredPlace):
+        _add_mirrors(config, place)
     return {"type": "registry", "config": config}
+
+
+def _add_mirrors(config: dict[str, Any], place: MirroredPlace) -> None:
+    """Has the daemon read where we do. What is trusted it can be told for all hosts together only."""
+    if place.server:
+        config["scheme"], _, config["host"] = place.server.url.partition("://")
+    config["mirrors"] = [{"host": host.url, "headers": dict(host.headers)} for host in place.mirrors]
+    for host in place.mirrors:
+        config["ca_cert_files"] += [path for path in host.ca if path not in config["ca_cert_files"]]
+        config["skip_verify"] = config["skip_verify"] or host.skip_verify
 
 
 def backend_of(place: SourcePlace) -> dict[str, Any]:
