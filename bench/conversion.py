@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +17,11 @@ from pathlib import Path
 
 from bench.figures import Figure
 from bench.images import BenchImage
-from bench.processes import timed
+from bench.processes import Cost, timed
 from nydus.demo.push import push
 from nydus.errors import NydusError
-from nydus.oci.registry import Registry
+from nydus.oci import model
+from nydus.oci.registry import Registry, Repository
 
 CONFIG = """\
 version: 0.1
@@ -63,27 +68,79 @@ def _wait(address: str) -> None:
 
 
 def run(image: BenchImage, folder: Path, repeats: int, say: Callable[[str], None]) -> list[Figure]:
-    """``nydusify convert`` against ``skopeo copy``, alternating; every target is a new repository."""
-    wall = Figure("conversion", "s", other_name="skopeo copy to dir:", most_ratio=4)
-    cpu = Figure("conversion, CPU time", "s", other_name="skopeo copy to dir:")
-    peak = Figure("conversion, largest process", "MB", other_name="skopeo copy to dir:")
+    """``nydusify convert`` against ``skopeo copy``, alternating; every target is a new repository.
+
+    Then the same again where there is little to do: all layers are known, or all but a small one on top.
+    """
+    copied = "skopeo copy to dir:"
+    wall = Figure("conversion", "s", other_name=copied, most_ratio=4)
+    cpu = Figure("conversion, CPU time", "s", other_name=copied)
+    peak = Figure("conversion, largest process", "MB", other_name=copied)
+    written = Figure("conversion, written to disk", "MB", other_name=copied)
+    zran = Figure("conversion with --oci-ref", "s", other_name=copied, most_ratio=2)
+    first = "first conversion"
+    same = Figure("conversion of the same image again", "s", other_name=first, least_ratio=10)
+    cached = Figure("conversion again, by the build cache", "s", other_name=first, least_ratio=10)
+    top = Figure("conversion with another top layer", "s", other_name=first, least_ratio=10)
     with registry(folder / "registry") as address:
         with Registry(address, plain_http=True) as client:
-            push(image.layout, client.repository("bench/source"), "latest")
-        source = f"{address}/bench/source:latest"
+            repository = client.repository("bench/source")
+            push(image.layout, repository, "latest")
+            for number in range(repeats):
+                add_layer(repository, "latest", f"top-{number}", b"%d\n" % number)
+        source = f"{address}/bench/source"
+
+        def convert(tag: str, target: str, *options: str) -> Cost:
+            where = ["--source", f"{source}:{tag}", "--target", f"{address}/bench/{target}", "--plain-http"]
+            return timed([NYDUSIFY, "convert", *where, *options])
+
         for number in range(repeats):
             say(f"conversion {number + 1}/{repeats}")
-            target = f"{address}/bench/target-{number}:nydus"
-            plain = ["--plain-http"]
-            ours = timed([NYDUSIFY, "convert", "--source", source, "--target", target, *plain, "--no-reuse"])
-            for figure, value in ((wall, ours.wall), (cpu, ours.cpu), (peak, ours.peak)):
-                figure.ours.append(value)
+            ours = convert("latest", f"target-{number}:n", "--no-reuse")
+            index = convert("latest", f"zran-{number}:n", "--no-reuse", "--oci-ref")
+            zran.ours.append(index.wall)
             if skopeo := shutil.which("skopeo"):
                 copy = folder / f"copy-{number}"
-                theirs = timed(
-                    [skopeo, "copy", "--src-tls-verify=false", f"docker://{source}", f"dir:{copy}"]
-                )
-                for figure, value in ((wall, theirs.wall), (cpu, theirs.cpu), (peak, theirs.peak)):
-                    figure.other.append(value)
+                command = [
+                    skopeo,
+                    "copy",
+                    "--src-tls-verify=false",
+                    f"docker://{source}:latest",
+                    f"dir:{copy}",
+                ]
+                theirs = timed(command)
+                for figure, name in ((wall, "wall"), (cpu, "cpu"), (peak, "peak"), (written, "written")):
+                    figure.ours.append(getattr(ours, name))
+                    figure.other.append(getattr(theirs, name))
+                zran.other.append(theirs.wall)
                 shutil.rmtree(copy)
-    return [wall, cpu, peak]
+            cache = ["--build-cache", f"{address}/bench/cache-{number}:c", "--no-reuse"]
+            convert("latest", f"cached-{number}:n", *cache)
+            convert("latest", f"again-{number}:n")
+            for figure, cost in (
+                (same, convert("latest", f"again-{number}:n")),
+                (cached, convert("latest", f"cached-{number}:again", *cache)),
+                (top, convert(f"top-{number}", f"again-{number}:top")),
+            ):
+                figure.ours.append(cost.wall)
+                figure.other.append(ours.wall)
+    return [wall, cpu, peak, written, zran, same, cached, top]
+
+
+def add_layer(repository: Repository, tag: str, new: str, data: bytes) -> None:
+    """Tags an image that has one more layer than another, with one file in it."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        entry = tarfile.TarInfo("srv/top")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    descriptor, raw = repository.manifest(tag)
+    manifest = json.loads(raw)
+    config = json.loads(repository.document(model.decode(raw, model.Manifest, tag).config))
+    layer = repository.put_blob(gzip.compress(tar.getvalue()), model.OCI_LAYER_GZIP)
+    config["rootfs"]["diff_ids"].append(model.digest(tar.getvalue()))
+    config.setdefault("history", []).append({"created_by": "bench"})
+    stored = repository.put_blob(json.dumps(config).encode(), manifest["config"]["mediaType"])
+    manifest["config"].update(digest=stored.digest, size=stored.size)
+    manifest["layers"].append({"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size})
+    repository.put_manifest(new, json.dumps(manifest).encode(), descriptor.media_type)

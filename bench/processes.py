@@ -16,11 +16,13 @@ from nydus.errors import NydusError
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took: wall and CPU seconds, its largest process's peak in MB, its standard output."""
+    """What a command took: wall and CPU seconds, MB at its largest process's peak and written to files,
+    and its standard output."""
 
     wall: float
     cpu: float
     peak: float
+    written: float
     output: str
 
 
@@ -44,7 +46,9 @@ def timed(command: Sequence[str | Path]) -> Cost:
         last = complaints.decode(errors="replace").strip()[-500:]
         raise NydusError(f"{' '.join(map(str, command))} failed with {process.returncode}: {last}")
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    return Cost(wall, cpu, max(usage.ru_maxrss for usage in usages) / 1024, said.decode(errors="replace"))
+    peak = max(usage.ru_maxrss for usage in usages) / 1024
+    written = sum(usage.ru_oublock for usage in usages) * 512 / 1e6
+    return Cost(wall, cpu, peak, written, said.decode(errors="replace"))
 
 
 def adopt_orphans() -> None:
