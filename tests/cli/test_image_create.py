@@ -226,7 +226,7 @@ def test_wrong_usage(arguments: str, folder: Path, tmp_path: Path) -> None:
         ("create -v 5 -B b -D . --features blob-toc folder", "version 5 has no table of contents"),
         ("create -v 5 -B b -D . -E folder", "version 5 has no encryption"),
         ("create -B b -D nowhere folder", "nowhere: cannot be written"),
-        ("create -B b -D . --attributes a folder", "--attributes: "),
+        ("create -B b -D . --attributes a folder", "a: cannot be read"),
         ("create -B nowhere/b -D . folder", "nowhere/b: cannot be written"),
         ("create -B b -D . --chunk-dict redis=x folder", "kind 'redis'"),
         ("create -B b -D . --chunk-dict bad.tar folder", "bad.tar"),

@@ -17,7 +17,7 @@ _BIN = Path(sys.executable).parent
     [
         (
             ["--external-blob", "x"],
-            ["--external-blob: no file of the image is external, so that x is not written"],
+            ["--external-blob has no effect without --blob-inline-meta and type dir-rafs"],
         ),
         (["-C", "/nonexistent"], ["--config has no effect: no existing blob is read"]),
         (["--blob-offset", "1"], ["--blob-offset has no effect"]),

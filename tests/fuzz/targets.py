@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nydus
 from nydus import rafs
-from nydus.build import archive, disk, optimize, stargz, stream, zran
+from nydus.build import archive, disk, external, optimize, stargz, stream, zran
 from nydus.build.layer import BuildOptions, build_layer
 from nydus.daemon import config as daemon_config
 from nydus.errors import BackendError, NydusError
@@ -122,6 +122,18 @@ def images() -> list[tuple[bytes, bytes, nydus.Image]]:
     )
     result = zran.build_reference(io.BytesIO(gzip.compress(layer(), mtime=0)), blob.extend, options_ref)
     found.append((result.bootstrap, bytes(blob), Image(result.tree, Memory(bytes(blob)))))
+    data = bytes(range(256)) * 400
+    for version in (5, 6):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "file").write_bytes(data[512:50_000])
+            text = (
+                _ATTRIBUTES.replace(b"/dir/a", b"/file")
+                .replace(b"64KiB", b"16KiB")
+                .replace(b" crcs=0x12345678,0xabcdef", b"")
+            )
+            options = BuildOptions(version=version, chunk_size=0x1000)
+            tree = external.build_external(folder, external.Attributes(text), len, options).tree
+        found.append((rafs.write(tree), data, Image(tree, Memory(data))))
     return found
 
 
@@ -338,6 +350,15 @@ _STARGZ = {
         {"name": "c", "type": "char", "devMajor": 5, "devMinor": 1},
     ],
 }  # fmt: skip
+_ATTRIBUTES = (
+    b"""# comment
+/dir/a type=external blob_index=0 blob_id=%s chunk_size=64KiB chunk_0_compressed_offset=512 \\
+compressed_size=100000 file_size=70000 crcs=0x12345678,0xabcdef
+"quoted\\303\\244 \\"x\\"" type=external blob_index=1
+plain -type !crcs text
+""".replace(b"\\\n", b"")
+    % (b"a" * 64)
+)
 _MANIFEST = {
     "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
     "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": _DIGEST, "size": 7},
@@ -404,6 +425,15 @@ def stargz_contents(data: bytes) -> None:
     rafs.read(result.bootstrap)
 
 
+def attributes_file(data: bytes) -> None:
+    found = external.Attributes(data, "fuzz")
+    for path in found.names:
+        with contextlib.suppress(NydusError):
+            found.size(path)
+        with contextlib.suppress(NydusError):
+            found.location(path, 70_000)
+
+
 def hosts_document(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hosts.toml"
@@ -459,6 +489,7 @@ TARGETS: dict[str, Target] = {
     ),
     "mirror-hosts": Target(lambda: [_HOSTS], hosts_document, text=True),
     "stargz-toc": Target(_documents(_STARGZ), stargz_contents, text=True),
+    "attributes": Target(lambda: [_ATTRIBUTES], attributes_file, text=True),
     "reference": Target(
         lambda: [b"docker.io/library/busybox:1@" + _DIGEST.encode(), b"localhost:5000/a/b"], name, text=True
     ),

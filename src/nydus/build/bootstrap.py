@@ -107,11 +107,11 @@ def describe_blob(tree: Tree, known: LayerBlob, name: str, shared: frozenset[str
 
     Args:
         name: id to use if nothing better is known; "" to keep the one in the tree.
-        shared: ids of blobs that belong to a chunk dictionary.
+        shared: ids of blobs that belong to a chunk dictionary; like EXTERNAL ones they have their names.
     """
     blobs = []
     for blob in tree.blobs:
-        if blob.id in shared:
+        if blob.id in shared or blob.features & BlobFeature.EXTERNAL:
             blobs.append(blob)
             continue
         blob = dataclasses.replace(blob)

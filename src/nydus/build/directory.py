@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,11 @@ _STEP = 1 << 20
 
 
 def build_directory(
-    path: str, sink: Sink, options: BuildOptions | None = None, prefetch: Iterable[bytes] = ()
+    path: str,
+    sink: Sink,
+    options: BuildOptions | None = None,
+    prefetch: Iterable[bytes] = (),
+    external: Collection[bytes] = (),
 ) -> LayerResult:
     """Build from a directory into a blob.
 
@@ -30,6 +34,8 @@ def build_directory(
         sink: gets the bytes of the blob in order.
         prefetch: absolute paths inside the image. With a prefetch policy the files at or below them come
             first in the blob.
+        external: absolute paths inside the image to leave out, with directories that hold nothing else
+            (:mod:`nydus.build.external`).
 
     Raises:
         NydusError: something cannot be read, or changes while it is.
@@ -38,7 +44,7 @@ def build_directory(
     patterns = list(prefetch)
     layer = LayerBuilder(sink, options)
     with layer.writer:
-        builder, files = scan(path, options)
+        builder, files = scan(path, options, external)
         ordered, first = _file_order(builder, files, patterns)
         chunk_size = options.chunk_size
         step = max(_STEP, chunk_size)
@@ -56,46 +62,37 @@ def build_directory(
         return layer.finish(builder, patterns)
 
 
-def scan(path: str, options: BuildOptions) -> tuple[TreeBuilder, dict[int, tuple[int, bytes]]]:
+def scan(
+    path: str, options: BuildOptions, external: Collection[bytes] = ()
+) -> tuple[TreeBuilder, dict[int, tuple[int, bytes]]]:
     """Walk a directory; returns its names, and size and path of each non-empty regular file by inode."""
-    root = os.fsencode(path)
+    root = os.fsencode(path).rstrip(b"/") or b"/"
     files: dict[int, tuple[int, bytes]] = {}
     links: dict[tuple[int, int], int] = {}
     base = options.parent is None
     whiteout = options.whiteout
-    owners = options.owners
-
-    def inode(status: os.stat_result, name: bytes, builder: TreeBuilder, number: int | None = None) -> int:
-        kind = status.st_mode & 0o170000
-        ns = status.st_mtime_ns
-        return builder.add_inode(
-            status.st_mode,
-            status.st_uid if owners else 0,
-            status.st_gid if owners else 0,
-            0 if number == 0 else ns // 1_000_000_000,
-            0 if number == 0 else ns % 1_000_000_000,
-            size=status.st_size if kind == stat.S_IFREG else 0,
-            rdev=device(os.major(status.st_rdev), os.minor(status.st_rdev)),
-            target=os.readlink(name) if kind == stat.S_IFLNK else b"",
-            xattrs=_xattrs(name),
-            number=number,
-        )
-
+    emptied: list[int] = []
     try:
         status = os.stat(root)
         if not stat.S_ISDIR(status.st_mode):
             raise NydusError(f"{path}: not a directory")
         builder = TreeBuilder(device(os.major(status.st_rdev), os.minor(status.st_rdev)), path)
-        inode(status, root, builder, 0)
+        add_inode(builder, status, root, options, 0)
         stack = [(0, root)]
+        above: dict[int, tuple[int, bytes]] = {}
         while stack:
             directory, prefix = stack.pop()
             with os.scandir(prefix) as entries:
                 for entry in entries:
                     name = entry.name
                     status = entry.stat(follow_symlinks=False)
-                    if base and _is_whiteout(whiteout, name, status):
+                    if base and is_whiteout(whiteout, name, status):
                         continue
+                    if external and b"/" + entry.path[len(root) :].lstrip(b"/") in external:
+                        if not stat.S_ISDIR(status.st_mode):
+                            emptied.append(directory)
+                            continue
+                        emptied.append(len(builder))
                     regular = stat.S_ISREG(status.st_mode)
                     if regular and status.st_nlink > 1:
                         key = (status.st_ino, status.st_dev)
@@ -103,7 +100,7 @@ def scan(path: str, options: BuildOptions) -> tuple[TreeBuilder, dict[int, tuple
                         if known is not None:
                             builder.enter(directory, name, known)
                             continue
-                    number = inode(status, entry.path, builder)
+                    number = add_inode(builder, status, entry.path, options)
                     builder.enter(directory, name, number)
                     if regular:
                         if status.st_nlink > 1:
@@ -112,13 +109,50 @@ def scan(path: str, options: BuildOptions) -> tuple[TreeBuilder, dict[int, tuple
                             files[number] = (status.st_size, entry.path)
                     elif stat.S_ISDIR(status.st_mode):
                         stack.append((number, entry.path))
+                        if external:
+                            above[number] = directory, name
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename else path
         raise NydusError(f"{where}: cannot be read: {error.strerror}") from None
+    for number in emptied:
+        while number in above and builder.is_empty(number):
+            number, name = above.pop(number)
+            builder.remove(number, name)
     return builder, files
 
 
-def _is_whiteout(spec: Whiteout, name: bytes, status: os.stat_result) -> bool:
+def add_inode(
+    builder: TreeBuilder,
+    status: os.stat_result,
+    name: bytes,
+    options: BuildOptions,
+    number: int | None = None,
+    size: int | None = None,
+) -> int:
+    """Make an inode of a file on disk; the root (number 0) has no time in directory builds (rafs.md 2.5).
+
+    Args:
+        size: of a regular file, instead of its own.
+    """
+    kind = status.st_mode & 0o170000
+    ns = 0 if number == 0 else status.st_mtime_ns
+    length = status.st_size if size is None else size
+    return builder.add_inode(
+        status.st_mode,
+        status.st_uid if options.owners else 0,
+        status.st_gid if options.owners else 0,
+        ns // 1_000_000_000,
+        ns % 1_000_000_000,
+        size=length if kind == stat.S_IFREG else 0,
+        rdev=device(os.major(status.st_rdev), os.minor(status.st_rdev)),
+        target=os.readlink(name) if kind == stat.S_IFLNK else b"",
+        xattrs=_xattrs(name),
+        number=number,
+    )
+
+
+def is_whiteout(spec: Whiteout, name: bytes, status: os.stat_result) -> bool:
+    """Whether a file on disk says that a name of the layers below is gone."""
     if spec is Whiteout.OCI:
         return name.startswith(b".wh.")
     if spec is Whiteout.OVERLAYFS:

@@ -284,7 +284,7 @@ def check_consistent(layers: Sequence[Tree]) -> None:
 
 
 def merge(layers: Sequence[Tree], dictionary: Tree | None = None, parent: Tree | None = None) -> Tree:
-    """The image of several layers, lowest first, each with at most one blob of its own.
+    """The image of several layers, lowest first, each with at most one blob of its own that is not EXTERNAL.
 
     Args:
         dictionary: the chunk dictionary that the layers were built with; its blobs are shared.
@@ -299,7 +299,8 @@ def merge(layers: Sequence[Tree], dictionary: Tree | None = None, parent: Tree |
     """
     shared = {blob.id for blob in dictionary.blobs} if dictionary else set()
     for number, layer in enumerate(layers, 1):
-        own = [blob.id for blob in layer.blobs if blob.id not in shared]
+        external = {blob.id for blob in layer.blobs if blob.features & BlobFeature.EXTERNAL}
+        own = [blob.id for blob in layer.blobs if blob.id not in shared | external]
         if len(own) > 1:
             raise NydusError(f"layer {number} has {len(own)} blobs outside of the chunk dictionary, not one")
     tree = overlay([*([parent] if parent else []), *layers])

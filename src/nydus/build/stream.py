@@ -221,14 +221,18 @@ class Window:
             self.take(step)
             size -= step
 
-    def at_end(self) -> bool:
-        """Whether the stream has no byte left (reads one block if needed)."""
+    def header(self) -> bytes | None:
+        """The next 512 bytes; None at the end of the stream.
+
+        Raises:
+            FormatError: the stream ends within them.
+        """
         while self._next == len(self._view):
             block = next(self._blocks, None)
             if block is None:
-                return True
+                return None
             self._view, self._next = memoryview(block), 0
-        return False
+        return bytes(self.take(512))
 
     def drain(self) -> None:
         """Read to the end, for the sake of whoever writes the other end of a pipe."""

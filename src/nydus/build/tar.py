@@ -82,11 +82,11 @@ class Stream(Protocol):
     where: str
     position: int
 
+    def header(self) -> bytes | None: ...
+
     def take(self, size: int) -> memoryview: ...
 
     def skip(self, size: int) -> None: ...
-
-    def at_end(self) -> bool: ...
 
     def drain(self) -> None: ...
 
@@ -107,9 +107,8 @@ class TarReader:
     def __iter__(self) -> Iterator[Entry]:
         window = self._window
         pending = _Pending()
-        while not window.at_end():
-            start = window.position
-            header = bytes(window.take(512))
+        while (header := window.header()) is not None:
+            start = window.position - 512
             if header == _ZERO:
                 # The end is two zero blocks; Go and GNU tar accept one at the end of the stream.
                 break

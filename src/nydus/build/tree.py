@@ -125,6 +125,14 @@ class TreeBuilder:
         """Name an inode inside a directory inode; for callers that walk a real directory."""
         self._children[directory][name] = number
 
+    def remove(self, directory: int, name: bytes) -> None:
+        """Take a name out of a directory inode."""
+        del self._children[directory][name]
+
+    def is_empty(self, directory: int) -> bool:
+        """Whether a directory inode has no entries."""
+        return not self._children[directory]
+
     def add(
         self,
         path: bytes,

@@ -158,7 +158,7 @@ class _Index:
                 zipped.settle()
                 before = zipped.consumed
                 self._enter(zipped, before, position)
-                piece: Piece = bytes(zipped.take(length))
+                piece: Piece = zipped.take(length)
                 used = zipped.consumed - before
                 context = self._contexts[-1]
                 context[3] = zipped.consumed - context[0]

@@ -88,9 +88,11 @@ def verify_blob(image: Image, backend: Backend, index: int) -> Iterator[NydusErr
     """What is wrong with one data blob: its size, its tables, each chunk."""
     import numpy as np
 
-    from nydus.rafs.model import BlobFeature
+    from nydus.rafs.model import BlobFeature, ChunkFlag
 
     blob = image.blobs[index]
+    if blob.features & BlobFeature.EXTERNAL and not _is_there(backend, blob):
+        return
     try:
         yield from _verify_object(backend, blob)
         chunks = image.reader.chunk_map(index)
@@ -98,9 +100,12 @@ def verify_blob(image: Image, backend: Backend, index: int) -> Iterator[NydusErr
         yield _named(error, blob)
         return
     rows = np.flatnonzero(chunks.usize)
-    blind = len(rows) if chunks.digests is None else int((~chunks.digests[rows].any(axis=1)).sum())
+    proven = (chunks.flags[rows] & int(ChunkFlag.HAS_CRC)) != 0
+    if chunks.digests is not None:
+        proven |= chunks.digests[rows].any(axis=1)
+    blind = int((~proven).sum())
     if blind and not blob.features & BlobFeature.TARFS:
-        log.warning("blob %s: the image has no digest of %d chunks", blob.id, blind)
+        log.warning("blob %s: the image has neither digest nor checksum of %d chunks", blob.id, blind)
     for found, problem in enumerate(_bad_chunks(image, index, rows)):
         if found >= _EACH or isinstance(problem, BackendError):
             yield _named(problem, blob)
@@ -108,12 +113,19 @@ def verify_blob(image: Image, backend: Backend, index: int) -> Iterator[NydusErr
         yield problem
 
 
+def _is_there(backend: Backend, blob: BlobInfo) -> bool:
+    try:
+        backend.size(blob.id)
+    except BackendError as error:
+        log.warning("external blob %s is not verified: %s", blob.id, error)
+        return False
+    return True
+
+
 def _verify_object(backend: Backend, blob: BlobInfo) -> Iterator[NydusError]:
     from nydus.rafs.model import BlobFeature
 
-    if blob.features & BlobFeature.EXTERNAL:
-        return
-    if not blob.features & BlobFeature.INLINED_FS_META:
+    if blob.features & BlobFeature.EXTERNAL or not blob.features & BlobFeature.INLINED_FS_META:
         size = backend.size(blob.id)
         if size != blob.compressed_size:
             yield FormatError(

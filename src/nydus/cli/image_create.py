@@ -6,8 +6,10 @@ import hashlib
 import logging
 import os
 import stat
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +18,9 @@ from nydus.cli import image_options
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
+    from nydus.build.external import Attributes
     from nydus.build.layer import BuildOptions, LayerResult
+    from nydus.build.output import Output
 
 log = logging.getLogger("nydus.image")
 
@@ -56,7 +60,11 @@ class _Type(click.ParamType[str]):
 @click.option("-B", "--bootstrap", metavar="FILE", help="Where the bootstrap goes.")
 @click.option("-D", "--blob-dir", metavar="DIR", help="Put blob (and bootstrap) here, named by their sha256.")
 @click.option("-b", "--blob", metavar="FILE", help="Where the blob goes: a file or a FIFO.")
-@click.option("--external-blob", metavar="FILE", help="Not written: no file is external.")
+@click.option(
+    "--external-blob",
+    metavar="FILE",
+    help="Where the bootstrap of external files goes with --blob-inline-meta.",
+)
 @click.option(
     "--blob-inline-meta",
     "--inline-bootstrap",
@@ -101,7 +109,7 @@ class _Type(click.ParamType[str]):
 @click.option("-J", "--output-json", metavar="FILE", help="Write the result as JSON.")
 @click.option("-E", "--encrypt", is_flag=True, help="Encrypt the blob with AES-128-XTS.")
 @click.option("--blob-cache-dir", metavar="DIR", help="Write a ready-made cache instead of a blob.")
-@click.option("--attributes", metavar="FILE", help="Attributes of files that lie elsewhere.")
+@click.option("--attributes", metavar="FILE", help="Says which files lie in other blobs, and where.")
 @click.pass_context
 def command(ctx: click.Context, /, **given: Any) -> None:
     """Build a layer: chunks of SOURCE go into a blob, its names into a bootstrap.
@@ -157,8 +165,6 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             parent=_load(given["parent_bootstrap"], False),
         )
     _tell_unused(given)
-    if given["attributes"]:
-        raise ConfigError("--attributes: files that lie in other blobs are not supported")
     _create(given, options, prefetch, trace)
 
 
@@ -198,16 +204,14 @@ def _check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
             not kind.startswith("estargz") and kind not in ("targz-ref", "tar-tarfs"),
             f"{kind} has no --blob-cache-dir",
         )
+    require(not given["attributes"] or kind == "dir-rafs", "--attributes needs type dir-rafs")
     require(len(given["blob_id"] or "") <= 255, "--blob-id is longer than 255 characters")
 
 
 def _tell_unused(given: dict[str, Any]) -> None:
     """Options of callers of the reference that change nothing here."""
-    if given["external_blob"]:
-        log.warning(
-            "--external-blob: no file of the image is external, so that %s is not written",
-            given["external_blob"],
-        )
+    if given["external_blob"] and not (given["inline_meta"] and given["kind"] == "dir-rafs"):
+        log.warning("--external-blob has no effect without --blob-inline-meta and type dir-rafs")
     if given["config"]:
         log.warning("--config has no effect: no existing blob is read")
     if given["blob_offset"]:
@@ -235,17 +239,26 @@ def _create(
             blob = stack.enter_context(Output(given["blob"], mode=0o600))
         elif given["blob_dir"]:
             blob = stack.enter_context(Output(given["blob_dir"], directory=True, mode=0o600))
+        # Opened in any case: somebody may wait at the other end of a FIFO.
+        apart = stack.enter_context(Output(given["external_blob"])) if given["external_blob"] else None
         cache: Output | None = None
         if given["blob_cache_dir"]:
             cache = stack.enter_context(Output(given["blob_cache_dir"], directory=True, mode=0o600))
             options = replace(options, image=cache.write)
         with trace.time("total_build"):
-            result = _build(given, options, prefetch, blob.write if blob else lambda data: None)
-        path = ""
+            attributes = _attributes(given)
+            names = attributes.names if attributes else ()
+            result = _build(given, options, prefetch, blob.write if blob else lambda data: None, names)
+            external = _build_external(given, attributes, options, apart)
+        path = external_path = ""
         if not given["inline_meta"]:
             target = given["bootstrap"] or given["blob_dir"] or given["blob_cache_dir"]
             out = stack.enter_context(Output(target, directory=not given["bootstrap"]))
             out.write(result.bootstrap)
+            if external is not None:
+                beside = _external_path(target) if given["bootstrap"] else target
+                apart = stack.enter_context(Output(beside, directory=not given["bootstrap"]))
+                apart.write(external.bootstrap)
         # Both are complete: give them their names, the bootstrap last, so that it never names a missing blob.
         if blob is not None and (given["blob"] or result.blob_size):
             blob.commit(result.blob_id)
@@ -256,6 +269,10 @@ def _create(
         if not given["inline_meta"]:
             name = "" if given["bootstrap"] else hashlib.sha256(result.bootstrap).hexdigest()
             path = out.commit(name)
+        if apart is not None and external is not None:
+            by_digest = not given["bootstrap"] and not given["inline_meta"]
+            name = f"{hashlib.sha256(external.bootstrap).hexdigest()}.external" if by_digest else ""
+            external_path = apart.commit(name)
     blobs = [blob.id for blob in result.tree.blobs]
     if given["inline_meta"] and result.blob is not None:
         blobs = [result.blob_id if blob is result.blob else blob.id for blob in result.tree.blobs]
@@ -272,12 +289,49 @@ def _create(
             blob_uncompressed_size=result.blob.uncompressed_size if result.blob else 0,
             dedup_chunks=result.duplicates,
         )
-        image_options.write_result(
-            given["output_json"], image_options.result(result.tree, path, blobs, trace)
-        )
+        document = image_options.result(result.tree, path, blobs, trace)
+        if external is not None:
+            document["external_bootstrap"] = "" if given["inline_meta"] else external_path
+            document["external_blobs"] = [blob.id for blob in external.tree.blobs]
+        image_options.write_result(given["output_json"], document)
 
 
-def _build(given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], sink: Any) -> LayerResult:
+def _attributes(given: dict[str, Any]) -> Attributes | None:
+    if not given["attributes"]:
+        return None
+    from nydus.build.external import load
+
+    return load(given["attributes"])
+
+
+def _build_external(
+    given: dict[str, Any], attributes: Attributes | None, options: BuildOptions, blob: Output | None
+) -> LayerResult | None:
+    """The image of the external files; None if nobody asks for one."""
+    wanted = blob is not None and given["inline_meta"]
+    if given["kind"] != "dir-rafs" or not (wanted or (attributes and attributes.names)):
+        return None
+    from nydus.build.external import Attributes, build_external
+
+    sink = blob.write if blob is not None and wanted else lambda data: None
+    return build_external(given["source"], attributes or Attributes(b""), sink, options)
+
+
+def _external_path(bootstrap: str) -> str:
+    """Where the bootstrap of external files goes (rafs.md 3.7)."""
+    path = Path(bootstrap)
+    if path.suffix == ".external":
+        raise ConfigError(f"{bootstrap}: the bootstrap of external files would have this name, too")
+    return str(path.with_suffix(".external"))
+
+
+def _build(
+    given: dict[str, Any],
+    options: BuildOptions,
+    prefetch: list[bytes],
+    sink: Any,
+    external: Collection[bytes] = (),
+) -> LayerResult:
     source, kind = given["source"], given["kind"]
     try:
         mode = os.stat(source).st_mode
@@ -288,7 +342,7 @@ def _build(given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], 
 
         if not stat.S_ISDIR(mode):
             raise ConfigError(f"{source} is not a directory, as type dir-rafs wants; give --type")
-        return build_directory(source, sink, options, prefetch)
+        return build_directory(source, sink, options, prefetch, external)
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
         raise ConfigError(f"{source} is not a file, FIFO or character device, as type {kind} wants")
     from nydus.build.stream import open_source

@@ -190,7 +190,7 @@ class Image:
             (lambda: self._chunks_without_meta(blob)) if self._without_meta(info) else None,
             backend,
             digests=lambda chunks: self._add_digests(chunks, blob),
-            own_places=self._places_are_ours,
+            own_places=self._places_are_ours(info),
             amplify=config.amplify_io,
             validate=config.device.cache.validate,
             # A RAFS blob whose metadata is inlined goes by the name of the bootstrap.
@@ -206,17 +206,16 @@ class Image:
         tree = rafs.read(self.metadata.read(), str(self.bootstrap))
         return replace(tree, blobs=self.blobs)
 
-    @property
-    def _places_are_ours(self) -> bool:
-        """Whether chunks lie elsewhere on the devices than the bootstrap says."""
-        return self.metadata.source.version == 5
+    def _places_are_ours(self, blob: BlobInfo) -> bool:
+        """Whether chunks lie elsewhere on the device than the author of the blob put them."""
+        return self.metadata.source.version == 5 or bool(blob.features & BlobFeature.EXTERNAL)
 
     def _without_meta(self, blob: BlobInfo) -> bool:
-        return self._places_are_ours or bool(blob.features & BlobFeature.TARFS)
+        return self._places_are_ours(blob) or bool(blob.features & BlobFeature.TARFS)
 
     def _chunks_without_meta(self, blob: int) -> ChunkMap:
-        if self._places_are_ours and self.head.chunk_table[1]:
-            # All trees that we write have their chunks in a table.
+        if self._places_are_ours(self.blobs[blob]) and self.head.chunk_table[1]:
+            # All trees that we write have their chunks in a table, and so have all external ones.
             return blobmeta.from_records(self.blobs[blob], self._records(), blob)
         return blobmeta.from_tree(self.tree(), blob)
 

@@ -15,6 +15,9 @@ from nydus.rafs.model import Super
 
 #: Blobs that hold their own bootstrap have this id in it, and are called by the name of their file.
 _UNKNOWN_ID = "x" * 64
+#: Part of the names of files made here. Count it up when the same bootstrap gives other bytes than before:
+#: chunks would be looked for where another version of ours did not put them.
+LAYOUT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ def load(bootstrap: Path, work_dir: Path) -> Metadata:
     """Opens a bootstrap, RAFS v5 or v6, or a blob that ends with one.
 
     What EROFS cannot mount is written as EROFS metadata into the cache directory, named by the sha256 of the
-    bootstrap. The same bootstrap always gives the same file, so it may be deleted at any time.
+    bootstrap and :data:`LAYOUT`. The same bootstrap always gives the same file, so it may be deleted at any
+    time.
 
     Raises:
         FormatError: it is no bootstrap.
@@ -55,7 +59,7 @@ def load(bootstrap: Path, work_dir: Path) -> Metadata:
     source = _named(rafs.superblock(data, where), bootstrap)
     if source.version == 6 and not inlined:
         return Metadata(bootstrap, source, source)
-    path = work_dir.resolve() / f"{hashlib.sha256(data).hexdigest()}.erofs"
+    path = work_dir.resolve() / f"{hashlib.sha256(data).hexdigest()}.v{LAYOUT}.erofs"
     made = _existing(path)
     if made is None:
         _write(path, _as_erofs(data, where) if source.version == 5 else bytes(data))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from nydus.errors import FormatError
-from nydus.rafs import checks, codec, toc
+from nydus.rafs import checks, codec, ragged, toc
 from nydus.rafs.buffer import Buffer, Source
 from nydus.rafs.model import Array, BlobFeature, BlobInfo, ChunkFlag, Compression, Tree
 
 HEADER_SIZE = 4096
+#: Of the devices that the kernel mounts.
+BLOCK = 4096
 MAGIC = 0xB10BB10B
 #: Features with 24-byte records that may be followed by contexts.
 _CONTEXTS = BlobFeature.BATCH | BlobFeature.ZRAN
@@ -289,14 +291,32 @@ def write(chunks: ChunkMap, offset: int) -> bytes:
 
 
 def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
-    """The chunk table of a blob that has none of its own (v5, TARFS), from the chunks of a tree.
+    """The chunk table of a blob that has none of its own (v5, TARFS, EXTERNAL), from the chunks of a tree.
 
-    Indices that the tree does not refer to get a size of 0.
+    Indices that the tree does not refer to get a size of 0. Chunks of an EXTERNAL blob of a v5 tree lie in it
+    in any order: they get places of our own, as :func:`own_places` says.
 
     Raises:
         FormatError: chunks overlap, or lie outside of the blob.
     """
-    return from_records(tree.blobs[blob_index], tree.chunks, blob_index)
+    blob, chunks = tree.blobs[blob_index], tree.chunks
+    if tree.version == 5 and blob.features & BlobFeature.EXTERNAL:
+        chunks = chunks[chunks["blob_index"] == blob_index]
+        chunks["uoffset"], size = own_places(chunks)
+        blob = replace(blob, uncompressed_size=size)
+    return from_records(blob, chunks, blob_index)
+
+
+def own_places(chunks: Array) -> tuple[Array, int]:
+    """Block-aligned places for the chunks of one blob in the order of their index.
+
+    Returns:
+        The new ``uoffset`` (u8) of each record, and the length of the device.
+    """
+    _, first, inverse = np.unique(chunks["index"], return_index=True, return_inverse=True)
+    sizes = chunks["usize"][first].astype(np.uint64) + np.uint64(BLOCK - 1) & ~np.uint64(BLOCK - 1)
+    places = ragged.starts_of(sizes)
+    return places[inverse], int(sizes.sum(dtype=np.uint64))
 
 
 def from_records(blob: BlobInfo, chunks: Array, blob_index: int) -> ChunkMap:

@@ -12,6 +12,8 @@ Kind = TypeVar("Kind", bound=IntEnum)
 
 MIN_CHUNK_SIZE = 0x1000
 MAX_CHUNK_SIZE = 0x100_0000
+#: Chunks of EXTERNAL blobs are not ours to cut.
+MAX_EXTERNAL_CHUNK = 64 << 20
 MAX_COMPRESSED = 1 << 40
 MAX_UNCOMPRESSED = 1 << 44
 MAX_CHUNKS = 0xFF_FFFF
@@ -36,14 +38,14 @@ def enum(kind: type[Kind], value: int, what: str, where: str, offset: int) -> Ki
         raise FormatError(f"unknown {what}", where=where, offset=offset, found=value) from None
 
 
-def chunk_size(value: int, where: str, offset: int) -> int:
-    if not MIN_CHUNK_SIZE <= value <= MAX_CHUNK_SIZE or value & (value - 1):
+def chunk_size(value: int, where: str, offset: int, limit: int = MAX_CHUNK_SIZE) -> int:
+    if not MIN_CHUNK_SIZE <= value <= limit or value & (value - 1):
         raise FormatError(
             "invalid chunk size",
             where=where,
             offset=offset,
             found=hex(value),
-            expected="a power of two from 0x1000 to 0x1000000",
+            expected=f"a power of two from {MIN_CHUNK_SIZE:#x} to {limit:#x}",
         )
     return value
 

@@ -7,7 +7,7 @@ import stat
 import numpy as np
 
 from nydus.rafs import codec, ragged
-from nydus.rafs.model import Array, Digester, Tree
+from nydus.rafs.model import Array, BlobFeature, Digester, Tree
 
 _DIRECTORY = stat.S_IFDIR >> 12
 _LINK = stat.S_IFLNK >> 12
@@ -28,9 +28,18 @@ def owned_chunks(tree: Tree) -> Array:
     nodes = tree.nodes
     runs = nodes[nodes["link"] == np.arange(len(nodes))]
     chunks = tree.chunks[ragged.indexes(runs["chunk"], runs["chunk_count"])]
-    position = ragged.indexes(np.zeros(len(runs), np.int64), runs["chunk_count"])
-    chunks["file_offset"] = position * tree.chunk_size
+    set_file_offsets(tree, chunks, runs["chunk_count"])
     return chunks
+
+
+def set_file_offsets(tree: Tree, chunks: Array, counts: Array) -> None:
+    """Say of chunks where they lie in their files, which have ``counts`` of them each."""
+    position = ragged.indexes(np.zeros(len(counts), np.int64), counts)
+    chunks["file_offset"] = position * tree.chunk_size
+    external = np.array([bool(blob.features & BlobFeature.EXTERNAL) for blob in tree.blobs])
+    if external.any():
+        mine = external[chunks["blob_index"]]
+        chunks["file_offset"][mine] = ragged.offsets_within(chunks["usize"], counts)[mine]
 
 
 def digests(tree: Tree, digester: Digester) -> Array:

@@ -173,7 +173,8 @@ class BlobInfo:
     def data_size(self) -> int:
         """Length of the chunk data at the start of the blob (of the layer, with SEPARATE); rafs.md 3.7."""
         features = self.features
-        if features & BlobFeature.SEPARATE or not features & BlobFeature.CAP_TAR_TOC:
+        whole = features & (BlobFeature.SEPARATE | BlobFeature.EXTERNAL)
+        if whole or not features & BlobFeature.CAP_TAR_TOC:
             return self.compressed_size
         end = self.meta_offset if self.meta_compressed_size else self.compressed_size
         return max(end - (512 if features & BlobFeature.HAS_TAR_HEADER else 0), 0)
@@ -214,7 +215,8 @@ class Tree:
     Attributes:
         nodes: :data:`NODE` rows in P-order; row 0 is the root.
         names, targets: heaps of raw name and symlink target bytes.
-        chunks: :data:`CHUNK` rows, one run for each regular inode, in file order.
+        chunks: :data:`CHUNK` rows, one run for each regular inode, in file order. All but the last of a run
+            have ``chunk_size`` bytes, in EXTERNAL blobs another size that is the same for all.
         xattrs: distinct attribute sets.
         blobs: the data blobs that ``chunks["blob_index"]`` counts.
         prefetch: rows to prefetch first, in pattern order.

@@ -24,6 +24,14 @@ def indexes(starts: Array, lengths: Array) -> Array:
     return np.repeat(starts.astype(np.int64) - (ends - lengths), lengths) + np.arange(total)
 
 
+def offsets_within(sizes: Array, counts: Array) -> Array:
+    """Where each item starts in its run (u8), from the size of each and the number of items in each run."""
+    before = starts_of(sizes)
+    counts = counts.astype(np.int64)
+    firsts = (np.cumsum(counts) - counts)[counts > 0]
+    return np.asarray(before - np.repeat(before[firsts], counts[counts > 0]))
+
+
 def copy(target: Array, places: Array, source: Array, starts: Array, lengths: Array) -> None:
     """Copy run *i* of ``source`` to ``target[places[i]:]``; both are flat arrays of one type."""
     ends = np.cumsum(lengths, dtype=np.int64)

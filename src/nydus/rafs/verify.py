@@ -124,6 +124,10 @@ class _Verifier:
             self.report(f"files disagree about chunk {chunk['index']} of blob {chunk['blob_index']}")
         first = ordered[np.append(True, ~same)]
         in_blob = first["blob_index"][1:] == first["blob_index"][:-1]
+        if tree.version == 5:
+            # Files lie in external blobs in any order.
+            external = [bool(blob.features & BlobFeature.EXTERNAL) for blob in tree.blobs]
+            in_blob &= ~np.array(external)[first["blob_index"][1:]]
         overlap = in_blob & (first["uoffset"][1:] < first["uoffset"][:-1] + first["usize"][:-1])
         for row in np.flatnonzero(overlap)[:_EACH].tolist():
             self.report(
@@ -143,7 +147,7 @@ def _blob_problems(blob: BlobInfo, tree: Tree) -> list[str]:
         problems.append("feature ZRAN needs SEPARATE")
     if bool(blob.cipher) != bool(features & BlobFeature.ENCRYPTED):
         problems.append("cipher and feature ENCRYPTED disagree")
-    if blob.chunk_size != tree.chunk_size:
+    if blob.chunk_size != tree.chunk_size and not features & BlobFeature.EXTERNAL:
         problems.append(f"chunk size {blob.chunk_size:#x} is not the file system's {tree.chunk_size:#x}")
     used = tree.version == 6 and not features & (BlobFeature.TARFS | BlobFeature.EXTERNAL)
     if used and blob.chunk_count and not features & BlobFeature.CHUNKDICT_GENERATED:
@@ -208,7 +212,9 @@ class _Version6(_Verifier):
         if self.current:
             self.compare_all("inode number", places + 20, inodes["ino"], self.owners + 1)
             regular = kinds == stat.S_IFREG >> 12
-            formats = v6.chunk_formats(tree, tree.nodes[self.owners[regular]], tree.chunks)
+            files = tree.nodes[self.owners[regular]]
+            entries, counts = v6.chunk_lists(tree, files["chunk_count"], tree.chunks)
+            formats = v6.chunk_formats(tree, files["size"], counts, entries)
             self.compare_all("chunk format", places[regular] + 16, inodes["u"][regular], formats)
         self.refuse_all(
             "more nanoseconds than a second has", places + 40, inodes["mtime_ns"] >= 1_000_000_000
@@ -284,7 +290,7 @@ class _Version6(_Verifier):
         tail = np.where(tailed & inline, length % block, 0)
         body = np.where(tailed, length, 0) - tail
         blocks = inodes["u"].astype(np.int64) * block
-        counts = tree.nodes["chunk_count"][self.owners].astype(np.int64)
+        _, counts = v6.chunk_lists(tree, tree.nodes["chunk_count"][self.owners], tree.chunks)
         lists = behind + -behind % layout6.CHUNK_INDEX.itemsize
         ends = lists + np.where(kinds == stat.S_IFREG >> 12, counts * layout6.CHUNK_INDEX.itemsize, 0)
         count = len(head.blobs)

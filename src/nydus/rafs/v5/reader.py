@@ -6,9 +6,9 @@ import stat
 
 import numpy as np
 
-from nydus.rafs import order, ragged
+from nydus.rafs import checks, order, ragged
 from nydus.rafs.buffer import Buffer, Source
-from nydus.rafs.model import CHUNK, NODE, Array, NodeFlag, Super, Tree, Xattrs
+from nydus.rafs.model import CHUNK, NODE, Array, BlobFeature, NodeFlag, Super, Tree, Xattrs
 from nydus.rafs.v5 import layout
 from nydus.rafs.v5.superblock import read_superblock
 
@@ -222,29 +222,29 @@ class Reader:
         return tuple(result)
 
     def chunks(self, nodes: Array, records: Array, starts: Array) -> Array:
-        buffer, head = self.buffer, self.head
+        buffer = self.buffer
         owners = np.flatnonzero(
             (records["mode"] >> 12 == stat.S_IFREG >> 12) & (nodes["link"] == np.arange(len(nodes)))
         )
         counts = records["child_count"][owners].astype(np.int64)
         sizes = records["size"][owners]
+        units = self.chunk_sizes(starts[owners], counts)
         # Sizes are any u64: compare without rounding up.
-        short = (sizes > counts * head.chunk_size) | (sizes <= (counts - 1) * head.chunk_size) & (counts > 0)
+        short = (sizes > counts * units) | (sizes <= (counts - 1) * units) & (counts > 0)
         if short.any():
             bad = int(np.argmax(short))
             raise buffer.error(
                 "the number of chunks does not fit the size of a file",
                 int(starts[owners[bad]]),
                 found=int(counts[bad]),
-                expected=-(-int(sizes[bad]) // head.chunk_size),
+                expected=-(-int(sizes[bad]) // max(int(units[bad]), 1)),
             )
         self.check(starts[owners], counts * CHUNK.itemsize, "chunk list")
         position = ragged.indexes(np.zeros(len(owners), np.int64), counts)
         places = np.repeat(starts[owners], counts) + position * CHUNK.itemsize
         chunks = buffer.gather(places, CHUNK, "chunk list")
-        expected = np.minimum(
-            np.repeat(sizes.astype(np.int64), counts) - position * head.chunk_size, head.chunk_size
-        )
+        units = np.repeat(units, counts)
+        expected = np.minimum(np.repeat(sizes.astype(np.int64), counts) - position * units, units)
         nodes["chunk"][owners] = ragged.starts_of(counts)
         nodes["chunk_count"][owners] = counts
         self.check_chunks(chunks, places, expected)
@@ -252,6 +252,25 @@ class Reader:
         for name in ("chunk", "chunk_count"):
             nodes[name][links] = nodes[name][nodes["link"][links]]
         return chunks
+
+    def chunk_sizes(self, starts: Array, counts: Array) -> Array:
+        """Bytes of all chunks but the last of each file: the first one's, where the blob is external."""
+        result = np.full(len(starts), self.head.chunk_size, np.int64)
+        external = np.array([bool(blob.features & BlobFeature.EXTERNAL) for blob in self.head.blobs])
+        if external.any():
+            filled = np.flatnonzero(counts > 0)
+            first = self.buffer.gather(starts[filled], CHUNK, "chunk list")
+            known = first["blob_index"] < len(external)
+            mine = known & external[np.where(known, first["blob_index"], 0)]
+            if (first["usize"][mine] > checks.MAX_EXTERNAL_CHUNK).any():
+                raise self.buffer.error(
+                    "a chunk of an external file is too large",
+                    int(starts[filled[mine]][np.argmax(first["usize"][mine])]),
+                    found=int(first["usize"][mine].max()),
+                    expected=f"at most {checks.MAX_EXTERNAL_CHUNK}",
+                )
+            result[filled[mine]] = first["usize"][mine]
+        return result
 
     def check_chunks(self, chunks: Array, places: Array, sizes: Array) -> None:
         blobs = self.head.blobs
@@ -271,6 +290,9 @@ class Reader:
             mine = chunks[blob == index]
             if not len(mine):
                 continue
+            if info.features & BlobFeature.EXTERNAL:
+                # Not stored in this version.
+                info.chunk_size = 1 << max(int(mine["usize"].max()) - 1, 0xFFF).bit_length()
             if not info.compressed_size:
                 info.compressed_size = int((mine["coffset"] + mine["csize"]).max())
                 info.uncompressed_size = int((mine["uoffset"] + mine["usize"]).max())

@@ -2,6 +2,14 @@
 
 from nydus.rafs.v6.reader import read
 from nydus.rafs.v6.superblock import read_chunk_table, read_superblock
-from nydus.rafs.v6.writer import chunk_formats, chunk_table, write
+from nydus.rafs.v6.writer import chunk_formats, chunk_lists, chunk_table, write
 
-__all__ = ["chunk_formats", "chunk_table", "read", "read_chunk_table", "read_superblock", "write"]
+__all__ = [
+    "chunk_formats",
+    "chunk_lists",
+    "chunk_table",
+    "read",
+    "read_chunk_table",
+    "read_superblock",
+    "write",
+]

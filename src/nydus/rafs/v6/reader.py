@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nydus.rafs import order, ragged
+from nydus.rafs import checks, order, ragged
 from nydus.rafs.buffer import Buffer, Source
 from nydus.rafs.model import CHUNK, NODE, Array, BlobFeature, Super, SuperFlag, Tree, Xattrs
 from nydus.rafs.v6 import layout
@@ -391,11 +391,37 @@ class Reader:
             return int(starts[file]) + int(result["file_offset"][chunk]) // head.chunk_size * unit
 
         self.check_chunks(result, place)
+        if any(blob.features & BlobFeature.EXTERNAL for blob in head.blobs):
+            result = self.join_entries(nodes, owners[rows], counts, result)
         if head.flags & SuperFlag.TARFS:
             result["coffset"], result["csize"] = result["uoffset"], result["usize"]
         else:
             self.look_up(result)
         return result
+
+    def join_entries(self, nodes: Array, files: Array, counts: Array, chunks: Array) -> Array:
+        """Entries of one chunk each, where external files have chunks of several (:func:`v6.chunk_lists`)."""
+        same = np.zeros(len(chunks), bool)
+        before, after = chunks[:-1], chunks[1:]
+        same[1:] = (after["blob_index"] == before["blob_index"]) & (after["index"] == before["index"])
+        same[1:] &= after["uoffset"] == before["uoffset"] + np.uint64(self.head.chunk_size)
+        same[(np.cumsum(counts) - counts)[counts > 0]] = False
+        if not same.any():
+            return chunks
+        first = np.flatnonzero(~same)
+        sizes = np.add.reduceat(chunks["usize"].astype(np.uint64), first)
+        if (sizes > checks.MAX_EXTERNAL_CHUNK).any():
+            raise self.buffer.error(
+                "a chunk is too large",
+                found=int(sizes.max()),
+                expected=f"at most {checks.MAX_EXTERNAL_CHUNK}",
+            )
+        joined = chunks[first]
+        joined["usize"] = sizes
+        owner = np.repeat(np.arange(len(counts)), counts)[first]
+        counts = np.bincount(owner, minlength=len(counts))
+        nodes["chunk"][files], nodes["chunk_count"][files] = ragged.starts_of(counts), counts
+        return joined
 
     def look_up(self, chunks: Array) -> None:
         """Complete chunks from the chunk table's records of the same blob and index."""

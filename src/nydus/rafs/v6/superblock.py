@@ -133,9 +133,11 @@ def _read_blob(buffer: Buffer, entry: Any, position: int, offset: int, head: Sup
         raise buffer.error("wrong blob index", offset + 64, found=entry["index"], expected=position)
     # 0 is found in blobs whose chunk size was not recorded.
     chunk_size = int(entry["chunk_size"]) or head.chunk_size
+    external = int(entry["features"]) & BlobFeature.EXTERNAL
+    limit = checks.MAX_EXTERNAL_CHUNK if external else checks.MAX_CHUNK_SIZE
     blob = BlobInfo(
         id=checks.blob_id(entry["id"].tobytes().rstrip(b"\0"), where, offset),
-        chunk_size=checks.chunk_size(chunk_size, where, offset + 68),
+        chunk_size=checks.chunk_size(chunk_size, where, offset + 68, limit),
         chunk_count=int(entry["chunk_count"]),
         compression=checks.enum(Compression, int(entry["compression"]), "compression", where, offset + 76),
         digester=checks.enum(Digester, int(entry["digester"]), "digest algorithm", where, offset + 80),

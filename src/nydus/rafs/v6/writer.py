@@ -49,14 +49,17 @@ class _Writer:
             )
         is_directory = self.kinds == stat.S_IFDIR >> 12
         directories = np.flatnonzero(is_directory)
-        entries = Dirents(tree, directories, block)
+        dirents = Dirents(tree, directories, block)
 
         lengths = np.zeros(len(nodes), np.int64)
-        lengths[directories] = entries.sizes
+        lengths[directories] = dirents.sizes
         links = self.kinds == stat.S_IFLNK >> 12
         lengths[links] = nodes["target_length"][links]
         regular = self.kinds == stat.S_IFREG >> 12
-        lengths[regular] = nodes["chunk_count"][regular].astype(np.int64) * layout.CHUNK_INDEX.itemsize
+        chunks = derived.owned_chunks(tree)
+        entries, counts = chunk_lists(tree, nodes["chunk_count"][self.owners], chunks)
+        files = regular[self.owners]
+        lengths[self.owners[files]] = counts[files] * layout.CHUNK_INDEX.itemsize
         sizes = self.inode_sizes()
         kinds = np.where(regular, CHUNKS, np.where(is_directory | links, TAIL, NOTHING))
 
@@ -73,17 +76,17 @@ class _Writer:
         inline[sequence] = placed.inline
         nids = ((inode - base) // layout.NID_SIZE).astype(np.uint64)
 
-        chunks = derived.owned_chunks(tree)
         records = chunk_table(chunks, tree.blobs)
         table_offset = _align(base + placed.end, layout.PAGE)
         size = _align(table_offset + records.nbytes, layout.PAGE)
         out = np.zeros(size, np.uint8)
         out[table_offset : table_offset + records.nbytes] = records.view(np.uint8).reshape(-1)
         self.write_head(out, blob_table, base, int(nids[0]), table_offset, records.nbytes, nids)
-        self.write_inodes(out, inode, sizes, lengths, data, inline, chunks)
+        self.write_inodes(out, inode, sizes, lengths, data, inline)
+        self.write_files(out, inode, sizes, counts[files], entries)
         self.write_targets(out, np.flatnonzero(links), inode + sizes, data, inline)
-        places = self.block_places(entries, directories, inode + sizes, data, inline)
-        entries.emit(out, places, nids, layout.FILE_TYPES[self.kinds])
+        places = self.block_places(dirents, directories, inode + sizes, data, inline)
+        dirents.emit(out, places, nids, layout.FILE_TYPES[self.kinds])
         return out.tobytes()
 
     def sequence(self, directories: Array) -> Array:
@@ -171,7 +174,6 @@ class _Writer:
         lengths: Array,
         data: Array,
         inline: Array,
-        chunks: Array,
     ) -> None:
         nodes, owners = self.nodes[self.owners], self.owners
         kinds = self.kinds[owners]
@@ -192,8 +194,6 @@ class _Writer:
         result["nlink"] = derived.nlinks(self.tree)[owners]
         result["u"][tailed] = data[owners[tailed]] // self.block
         result["u"][special] = nodes["rdev"][special]
-        files = nodes[regular]
-        result["u"][regular] = chunk_formats(self.tree, files, chunks)
         ragged.scatter(out, places, result)
         for index, raw in enumerate(self.xattrs):
             rows = places[nodes["xattr"] == index] if len(self.xattrs) < 64 else None
@@ -206,18 +206,21 @@ class _Writer:
                 raw = self.xattrs[index]
                 start = place + layout.INODE.itemsize
                 out[start : start + len(raw)] = np.frombuffer(raw, np.uint8)
-        self.write_chunk_lists(out, (inode + sizes)[owners[regular]], files["chunk_count"], chunks)
 
-    def write_chunk_lists(self, out: Array, ends: Array, counts: Array, chunks: Array) -> None:
+    def write_files(self, out: Array, inode: Array, sizes: Array, counts: Array, chunks: Array) -> None:
+        """The chunk lists of regular files, and in their inodes how to read them."""
+        rows = self.owners[self.kinds[self.owners] == stat.S_IFREG >> 12]
         if (chunks["uoffset"] % self.block).any():
             raise FormatError("a chunk is not aligned to blocks, as the v6 format requires")
+        formats = chunk_formats(self.tree, self.nodes["size"][rows], counts, chunks).astype("<u4")
+        ragged.scatter(out, inode[rows] + layout.INODE.fields["u"][1], formats)  # type: ignore[index]
         index = np.zeros(len(chunks), layout.CHUNK_INDEX)
         index["index_low"] = chunks["index"] & 0xFFFF
         index["index_high"] = chunks["index"] >> 16
         index["device"] = chunks["blob_index"] + 1
         index["block"] = chunks["uoffset"] // self.block
         size = layout.CHUNK_INDEX.itemsize
-        starts = (ends + 7 & ~7) // size
+        starts = ((inode + sizes)[rows] + 7 & ~7) // size
         ragged.scatter(out, ragged.indexes(starts, counts) * size, index)
 
     def write_targets(self, out: Array, links: Array, tails: Array, data: Array, inline: Array) -> None:
@@ -248,14 +251,37 @@ def block_size(tree: Tree) -> int:
     return 512 if tree.flags & SuperFlag.TARFS else layout.PAGE
 
 
-def chunk_formats(tree: Tree, files: Array, chunks: Array) -> Array:
+def chunk_lists(tree: Tree, counts: Array, chunks: Array) -> tuple[Array, Array]:
+    """The entries of chunk lists, which are of one size: a large chunk of an external file has several.
+
+    Args:
+        counts: chunks of each inode.
+        chunks: of all of them, one after the other.
+
+    Returns:
+        For each entry the record of its chunk with the entry's ``uoffset`` and ``usize``, and how many
+        entries each inode has.
+    """
+    counts = counts.astype(np.int64)
+    pieces = np.maximum(-(-chunks["usize"].astype(np.int64) // tree.chunk_size), 1)
+    if (pieces == 1).all():
+        return chunks, counts
+    inside = ragged.indexes(np.zeros(len(pieces), np.int64), pieces) * tree.chunk_size
+    entries = np.repeat(chunks, pieces)
+    entries["uoffset"] += inside.astype(np.uint64)
+    entries["usize"] = np.minimum(entries["usize"] - inside, tree.chunk_size)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return entries, np.bincount(owner, pieces, len(counts)).astype(np.int64)
+
+
+def chunk_formats(tree: Tree, sizes: Array, counts: Array, chunks: Array) -> Array:
     """The ``u`` field of files: extents are as large as a file where its chunks are one run of one blob.
 
     Args:
-        files: nodes of regular files, whose chunks are ``chunks``, one file after the other.
+        sizes, counts: bytes and list entries of each regular file.
+        chunks: their entries, from :func:`chunk_lists`.
     """
     block = block_size(tree)
-    counts = files["chunk_count"].astype(np.int64)
     broken = np.zeros(len(chunks) + 1, np.int64)
     if len(chunks) > 1:
         follows = chunks["uoffset"][1:] == chunks["uoffset"][:-1] + np.uint64(tree.chunk_size)
@@ -265,7 +291,7 @@ def chunk_formats(tree: Tree, files: Array, chunks: Array) -> Array:
     last = np.maximum(first + counts - 1, first)
     whole = (counts > 1) & (breaks[last] == breaks[np.minimum(first, len(breaks) - 1)])
     chunk_bits = tree.chunk_size.bit_length() - 1
-    sizes = np.maximum(files["size"].astype(np.int64), 2) - 1
+    sizes = np.maximum(sizes.astype(np.int64), 2) - 1
     # The exponent of a double is exact here: sizes are far below 2**53.
     bits = np.where(whole, np.frexp(sizes.astype(np.float64))[1], chunk_bits)
     return layout.CHUNK_FORMAT_INDEXES | (bits - (block.bit_length() - 1))
