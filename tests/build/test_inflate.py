@@ -68,7 +68,7 @@ def walk(
 
 
 def enter(stored: bytes, boundary: inflate.Boundary, dictionary: bytes) -> bytes:
-    """Inflate from a boundary, with its bits shifted to the start of a byte, which stored blocks do not bear."""
+    """Inflate from a boundary, with its bits shifted to the start of a byte (not for stored blocks)."""
     rest = stored[boundary.in_offset - (1 if boundary.bits else 0) :]
     if boundary.bits:
         shifted = int.from_bytes(rest, "little") >> (8 - boundary.bits)
