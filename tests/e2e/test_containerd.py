@@ -130,11 +130,13 @@ def test_a_killed_worker_is_replaced_under_a_running_container(node: Node, image
         assert children(supervisor) != [worker]
 
 
-def test_a_daemon_killed_as_a_whole_comes_back_for_new_containers(node: Node, images: dict[str, str]) -> None:
-    node.start(images["v6-zstd"])
+def test_a_daemon_killed_as_a_whole_has_a_successor(node: Node, images: dict[str, str]) -> None:
+    _, container = node.start(images["v6-zstd"])
     (socket,) = node.daemon_sockets()
     supervisor = daemon_pid(node, socket)
     os.kill(supervisor, signal.SIGKILL)
+    code, output = container.execute("/bin/sh", "-c", "sha256sum -c /app/data.sha256")
+    assert (code, output) == (0, b"app/data.bin: OK\n")
     wait_for(lambda: daemon_pid(node, socket) not in (None, supervisor))
     DaemonClient(socket).wait("RUNNING")
     assert node.run(images["v6-zstd"]) == (0, SAYS)

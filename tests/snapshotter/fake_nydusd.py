@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,12 +21,29 @@ from urllib.parse import parse_qs, urlsplit
 
 parser = argparse.ArgumentParser()
 parser.add_argument("mode")
-for option in ("log-file", "log-rotation-size"):
+for option in ("log-file", "log-rotation-size", "id", "supervisor"):
     parser.add_argument(f"--{option}")
+parser.add_argument("--upgrade", action="store_true")
 for option in ("config", "bootstrap", "mountpoint", "apisock", "log-level", "failover-policy", "thread-num"):
     parser.add_argument(f"--{option}")
 arguments = parser.parse_args()
 mounted: list[str] = []
+state = "INIT" if arguments.upgrade else "RUNNING"
+
+
+def hand_over() -> None:
+    """The state is the list of mounts, the descriptor one of no use."""
+    with socket.socket(socket.AF_UNIX) as connection, open("/dev/null") as device:
+        connection.connect(arguments.supervisor)
+        socket.send_fds(connection, [json.dumps(mounted).encode()], [device.fileno()])
+
+
+def take_over() -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(arguments.supervisor)
+        data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+        assert len(descriptors) == 1
+        mounted.extend(json.loads(data))
 
 
 def mount(target: str, bootstrap: str) -> None:
@@ -59,7 +77,19 @@ class Handler(BaseHTTPRequestHandler):
         return f"{arguments.mountpoint}{query['mountpoint'][0]}"
 
     def do_GET(self) -> None:
-        self.answer(200, {"state": "RUNNING", "id": None, "backend_collection": None})
+        self.answer(200, {"state": state, "id": None, "backend_collection": None})
+
+    def do_PUT(self) -> None:
+        global state
+        what = self.path.rpartition("/")[2]
+        if what == "sendfd":
+            hand_over()
+        elif what == "takeover":
+            take_over()
+            state = "READY"
+        elif what == "start":
+            state = "RUNNING"
+        self.answer(204)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -89,12 +119,15 @@ class Server(ThreadingMixIn, UnixStreamServer):
 
 
 def end(*_: object) -> None:
-    for target in list(mounted):
+    for target in reversed(list(mounted)):
         unmount(target)
     os._exit(0)
 
 
 signal.signal(signal.SIGTERM, end)
-if arguments.bootstrap:
+if not arguments.bootstrap and not arguments.upgrade:
+    subprocess.run(["mount", "-t", "tmpfs", "fake", arguments.mountpoint], check=True)
+    mounted.append(arguments.mountpoint)
+elif not arguments.upgrade:
     mount(arguments.mountpoint, arguments.bootstrap)
 Server(arguments.apisock, Handler).serve_forever()

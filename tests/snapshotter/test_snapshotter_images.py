@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
+from nydus.daemon.client import DaemonClient, DaemonError
 from nydus.snapshotter import daemons, images
 from nydus.snapshotter import labels as label
 from nydus.snapshotter.config import load
@@ -82,6 +84,18 @@ class Node:
 
     def mounts(self) -> list[Path]:
         return daemons.mounts_below(self.root)
+
+    def keeps(self) -> bool:
+        """Whether the descriptors of the first image's daemon are kept for a successor."""
+        return ("shared" if self.mode == "shared" else "2") in self.images._keeper
+
+    def serving(self) -> int:
+        """How many daemons serve."""
+        found = 0
+        for path in self.root.glob("socket/*/api.sock"):
+            with suppress(DaemonError):
+                found += DaemonClient(path).state() == "RUNNING"
+        return found
 
     def daemon_pids(self) -> set[int]:
         found = set()
@@ -253,6 +267,87 @@ def test_the_mode_may_change(node: Node) -> None:
     assert {path.parent.name == "shared" for path in (before, node.lower("c2"))} == {True, False}
 
 
+def test_a_killed_daemon_has_a_successor(node: Node) -> None:
+    """It takes over the mounts, so that running containers go on; nothing is mounted anew."""
+    node.pull("one")
+    node.pull("two", b"other")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    node.snapshotter.prepare("c2", "two/meta", {})
+    for _ in range(3):
+        before, devices = node.daemon_pids(), {path: path.stat().st_dev for path in node.mounts()}
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: node.serving() == len(before))  # noqa: B023
+        assert {path: path.stat().st_dev for path in node.mounts()} == devices
+    # It is a daemon like the first one.
+    for key in ("c1", "one/meta"):
+        node.snapshotter.remove(key)
+    node.snapshotter.cleanup()
+    assert (node.lower("c2") / "image.boot").read_bytes() == b"other"
+    for key in ("c2", "two/meta"):
+        node.snapshotter.remove(key)
+    node.snapshotter.cleanup()
+    assert (node.mounts(), node.daemon_pids()) == ([], set())
+    assert list((node.root / "supervisor").iterdir()) == []
+
+
+def test_an_adopted_daemon_has_a_successor_too(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    (device,) = {path.stat().st_dev for path in node.mounts() if (path / "image.boot").exists()}
+    node.restart()
+    node.images.recover()
+    (before,) = node.daemon_pids()
+    wait_for(node.keeps)
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: node.daemon_pids() - {before})
+    assert node.lower("c1").stat().st_dev == device
+
+
+def test_who_cannot_be_replaced_keeps_nobody_waiting(node: Node) -> None:
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    (pid,) = node.daemon_pids()
+    node.program.write_text("#!/bin/sh\nexit 1\n")
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not node.keeps())
+    assert node.mounts() == []
+
+
+def test_a_daemon_that_is_ended_has_no_successor(node: Node) -> None:
+    """By its administrator, or because its mount was taken away."""
+    node.pull("one")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    (pid,) = node.daemon_pids()
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not node.keeps())
+    assert node.daemon_pids() == set()
+    node.snapshotter.prepare("c2", "one/meta", {})
+    assert (node.lower("c1") / "image.boot").exists()
+
+
+@pytest.mark.parametrize("policy", ["none", "restart"])
+def test_other_policies_keep_nothing(tmp_path: Path, policy: str) -> None:
+    (tmp_path / "r").mkdir()
+    node = Node(tmp_path / "r", "dedicated", **{"daemon.recover_policy": policy})
+    try:
+        node.pull("one")
+        node.snapshotter.prepare("c1", "one/meta", {})
+        assert not node.keeps()
+        (pid,), device = node.daemon_pids(), node.lower("c1").stat().st_dev
+        os.kill(pid, signal.SIGKILL)
+        if policy == "restart":
+            wait_for(lambda: node.serving() == 1)
+            assert node.lower("c1").stat().st_dev != device, "mounted anew"
+        else:
+            time.sleep(0.5)
+            assert node.daemon_pids() == set()
+    finally:
+        node.images.close(unmount=True)
+        node.database.close()
+    assert node.mounts() == []
+
+
 def test_a_dead_daemon_comes_back(node: Node) -> None:
     node.pull("one")
     node.snapshotter.prepare("c1", "one/meta", {})
@@ -312,24 +407,24 @@ def test_an_image_that_comes_as_the_last_one_goes_keeps_the_daemon(
     node.pull("one")
     node.snapshotter.prepare("c1", "one/meta", {})
     daemon = images.SHARED if node.mode == "shared" else "2"
-    key_lock, came = node.images._key_lock, list[str]()
+    locked, came = node.images._locked, list[str]()
     lower: list[Path] = []
 
-    def meanwhile(key: str) -> threading.Lock:
+    def meanwhile(key: str) -> AbstractContextManager[None]:
         if key == daemon and not came:
             came.append(key)
             node.pull("two", b"other")
             node.snapshotter.prepare("c2", "two/meta", {})
             lower.append(node.lower("c2"))
-        return key_lock(key)
+        return locked(key)
 
     node.snapshotter.remove("c1")
     node.snapshotter.remove("one/meta")
-    monkeypatch.setattr(node.images, "_key_lock", meanwhile)
+    monkeypatch.setattr(node.images, "_locked", meanwhile)
     node.snapshotter.cleanup()
     # Not asked for again, which would mount it anew.
     assert (lower[0] / "image.boot").read_bytes() == b"other"
-    assert len(node.mounts()) == 1
+    assert len(node.mounts()) == 1 + (node.mode == "shared")
 
 
 def test_how_a_program_ended_is_known_whoever_starts_the_next(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from nydus.errors import BackendError, NydusError
 from nydus.storage import backends
 
 _REFUSED = (401, 403)
+_MAX_ANSWERS = 1000
 
 
 class Access:
@@ -28,6 +29,8 @@ class Access:
     def ask(self, snapshot: int, backend: Mapping[str, Any], blob: str) -> None:
         """Ask, in the background, with the ``backend`` part of a daemon's configuration."""
         with self._lock:
+            while len(self._answers) >= _MAX_ANSWERS:
+                del self._answers[next(iter(self._answers))]
             self._answers[snapshot] = self._executor.submit(refusal, backend, blob)
 
     def check(self, snapshot: int, backend: Mapping[str, Any], blob: str) -> None:

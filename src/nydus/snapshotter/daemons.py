@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 30.0
 """Seconds a daemon may take until it serves; a registry that does not answer is given up before that."""
 STOP_TIMEOUT = 10.0
+_LAST_BREATH = 1.0
 
 
 class Launcher(Protocol):
@@ -51,12 +52,13 @@ class Daemon:
         self.socket_path, self.mountpoint, self.log_file = socket_path, mountpoint, log_file
         self.client = DaemonClient(socket_path)
 
-    def start(self, launcher: Launcher, arguments: list[str]) -> None:
-        """Start it and wait until it serves.
+    def start(self, launcher: Launcher, arguments: list[str], *, state: str = "RUNNING") -> None:
+        """Start it and wait until it serves, or until it is in another ``state``.
 
         Raises:
             NydusError: it ended, or did not serve in time; the text ends with the daemon's own words.
         """
+        self._await_end()
         for directory in (self.socket_path.parent, self.mountpoint, self.log_file.parent):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket_path.unlink(missing_ok=True)
@@ -68,7 +70,7 @@ class Daemon:
         pause = 0.002
         while True:
             try:
-                if self.client.state() == "RUNNING":
+                if self.client.state() == state:
                     return
             except DaemonError as error:
                 if error.status is not None:
@@ -113,6 +115,31 @@ class Daemon:
                 os.close(descriptor)
         detach(self.mountpoint)
         self.socket_path.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """End its process, but leave its mounts to a successor."""
+        descriptor = self.process()
+        if descriptor is not None:
+            try:
+                _end(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+
+    def _await_end(self) -> None:
+        """Wait until no thread of a killed predecessor takes requests any more, which would be lost with it.
+
+        All its processes listen on the socket. The wait is short: one that was killed inside a mount cannot
+        end before its successor answers.
+        """
+        end = time.monotonic() + _LAST_BREATH
+        while time.monotonic() < end:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(_LAST_BREATH)
+                try:
+                    connection.connect(str(self.socket_path))
+                except OSError:
+                    return
+            time.sleep(0.005)
 
     def last_words(self, offset: int = 0) -> str:
         """The last line of its log, not before ``offset``."""

@@ -1,4 +1,4 @@
-"""Mounted images: which snapshot needs which one, the daemons that serve them, the blobs they keep cached.
+"""Mounted images: which snapshot needs which one, and the daemons that serve them.
 
 An *instance* is one image from one repository, mounted once however many snapshots (of other names or
 namespaces) hold its bootstrap. It has files of its own, so that any of those snapshots may go while it stays.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import re
 import shutil
 import threading
 import time
@@ -28,10 +27,13 @@ from nydus.oci import reference as references
 from nydus.snapshotter import daemons, template
 from nydus.snapshotter import labels as label
 from nydus.snapshotter.access import Access
+from nydus.snapshotter.blobs import Blobs
 from nydus.snapshotter.config import Config, duration
 from nydus.snapshotter.daemons import Daemon, Launcher, Watcher
 from nydus.snapshotter.database import Database
 from nydus.snapshotter.errors import FailedPrecondition, NotFound, SnapshotError, Unavailable
+from nydus.snapshotter.keeper import Keeper
+from nydus.snapshotter.locks import Locks
 from nydus.snapshotter.store import Kind, Snapshot, Store
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,7 @@ _SCHEMA = (
         snapshot INTEGER PRIMARY KEY,
         instance INTEGER NOT NULL REFERENCES instances (id)
     )""",
-    # Every blob of every image that is here, mounted or not: what the cache must keep.
-    "CREATE TABLE IF NOT EXISTS blobs (snapshot INTEGER, blob TEXT, PRIMARY KEY (snapshot, blob))",
-    "CREATE TABLE IF NOT EXISTS retired_blobs (blob TEXT PRIMARY KEY, since INTEGER NOT NULL)",
 )
-_NONE = ""
-_BLOB_FILE = re.compile(r"([0-9a-f]{64})(?:\..*)?")
 
 
 class Instance(msgspec.Struct, frozen=True):
@@ -86,20 +83,22 @@ class Images:
     ) -> None:
         self._config, self._database, self._store = config, database, store
         self._launcher, self._template = launcher, filler
-        self._root, self._cache = config.root_path, config.cache_dir
-        self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._root = config.root_path
+        self._blobs = Blobs(database, config.cache_dir, duration(config.cache_manager.gc_period))
         self._lock = threading.Lock()
         self._starting: dict[int, Future[Path]] = {}
         self._ready: dict[int, Path] = {}
-        self._locks: dict[str, threading.Lock] = {}
+        self._locked = Locks()
         self._watched: set[str] = set()
         self._stopping: set[str] = set()
         self._deaths: dict[str, list[float]] = {}
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
-        self._cache_lock = threading.Lock()
         self._executor = ThreadPoolExecutor(MAX_STARTS, "image")
+        # Of its own: readers of a dead daemon must not wait behind images that come from a slow registry.
+        self._recovery = ThreadPoolExecutor(MAX_STARTS, "recovery")
         self._access = Access()
         self._watcher = Watcher()
+        self._keeper = Keeper(self._root / "supervisor")
         with database.transaction() as db:
             for statement in _SCHEMA:
                 db.execute(statement)
@@ -152,18 +151,18 @@ class Images:
         try:
             blobs = _blobs(self._bootstrap(meta))
         except (FormatError, NotFound):
-            self._note_blobs(meta, [])
+            self._blobs.note(meta.id, [])
             raise
-        self._note_blobs(meta, blobs)
+        self._blobs.note(meta.id, blobs)
         if blobs and self._template.backend == "registry" and label.image_reference(meta.labels):
             self._access.ask(meta.id, self._backend(meta), blobs[0])
 
     def recover(self) -> None:
         """Adopt the daemons of an earlier run, start those again whose mounts are dead. Does not wait."""
-        instances = self._instances()
-        self._executor.submit(self._end_unknown, {instance.daemon for instance in instances})
-        for instance in instances:
-            self._executor.submit(self._recover, instance)
+        names = {instance.daemon for instance in self._instances()}
+        self._recovery.submit(self._end_unknown, names)
+        for name in names:
+            self._recovery.submit(self._recover, name)
 
     # Removing
 
@@ -178,7 +177,7 @@ class Images:
                 )
             ]
         for instance in unused:
-            with self._key_lock(instance.key):
+            with self._locked(instance.key):
                 self._drop(instance)
 
     def collect_blobs(self) -> int:
@@ -190,7 +189,7 @@ class Images:
             for snapshot in self._store.all()
             if snapshot.kind == Kind.COMMITTED and label.BOOTSTRAP in snapshot.labels
         ]
-        known = {row[0] for row in self._database.query("SELECT DISTINCT snapshot FROM blobs")}
+        known = self._blobs.noted()
         for snapshot in committed:
             if snapshot.id not in known:
                 try:
@@ -203,50 +202,34 @@ class Images:
                         "the blob cache is not cleaned: blobs of %s are unknown: %s", snapshot.name, error
                     )
                     return 0
-        with self._cache_lock:
-            cached = {
-                match[1] for entry in os.scandir(self._cache) if (match := _BLOB_FILE.fullmatch(entry.name))
-            }
-            expired = self._retire(cached)
-            for entry in list(os.scandir(self._cache)):
-                if (match := _BLOB_FILE.fullmatch(entry.name)) and match[1] in expired:
-                    Path(entry.path).unlink(missing_ok=True)
-        return len(expired)
+        return self._blobs.collect()
 
     def cached(self, digest: str) -> tuple[int, int]:
         """Bytes on disk and number of the cache files of one blob (``sha256:…``)."""
-        size = files = 0
-        blob = digest.partition(":")[2]
-        if not re.fullmatch("[0-9a-f]{64}", blob):
-            return 0, 0
-        for suffix in _SUFFIXES:
-            with suppress(OSError):
-                size += (self._cache / (blob + suffix)).stat().st_blocks * 512
-                files += 1
-        return size, files
+        return self._blobs.cached(digest)
 
     def close(self, *, unmount: bool = False) -> None:
         """Let the daemons go on, or with ``unmount`` end them all."""
         self._executor.shutdown(cancel_futures=True)
+        self._recovery.shutdown(cancel_futures=True)
         if unmount:
-            for instance in self._instances():
-                self._stopping.add(instance.daemon)
-            for daemon in {self._daemon(instance.daemon) for instance in self._instances()}:
-                daemon.stop()
+            names = {instance.daemon for instance in self._instances()}
+            self._stopping |= names
+            for name in names:
+                self._stop(name)
         self._access.close()
         self._watcher.close()
+        self._keeper.close()
 
     # Inside: the life of an instance
 
     def _mount(self, meta: Snapshot) -> Path:
         try:
             instance = self._instance(meta)
-            rows = self._database.query(
-                "SELECT blob FROM blobs WHERE snapshot = ? AND blob != ?", meta.id, _NONE
-            )
-            if rows and self._template.backend == "registry":
-                self._access.check(meta.id, self._backend(meta), rows[0][0])
-            with self._key_lock(instance.key):
+            blobs = self._blobs.of(meta.id)
+            if blobs and self._template.backend == "registry":
+                self._access.check(meta.id, self._backend(meta), blobs[0])
+            with self._locked(instance.key):
                 where = self._ensure(instance, meta)
             self._ready[meta.id] = where
             return where
@@ -269,7 +252,7 @@ class Images:
         digest = blake3()
         digest.update_mmap(bootstrap)
         key = f"{digest.hexdigest()} {reference.name if reference else ''}"
-        with self._key_lock(key):
+        with self._locked(key):
             rows = self._database.query("SELECT id, key, image, daemon FROM instances WHERE key = ?", key)
             daemon = SHARED if self._config.shared else str(meta.id)
             instance = Instance(*rows[0]) if rows else Instance(meta.id, key, image, daemon)
@@ -283,10 +266,8 @@ class Images:
     def _ensure(self, instance: Instance, meta: Snapshot) -> Path:
         """Make the instance, which ``meta`` uses, mounted and served; called with its lock held."""
         where = self._mountpoint(instance)
-        daemon = self._daemon(instance.daemon)
-        alive = daemon.alive()
-        if alive and where.is_mount():
-            self._watch(instance, daemon)
+        if self._serves(instance.daemon) and where.is_mount():
+            self._watch(instance.daemon)
             return where
         started = time.monotonic()
         reference = _reference(meta.labels, self._template.backend)
@@ -295,27 +276,32 @@ class Images:
         bootstrap = directory / "image.boot"
         if not bootstrap.exists():
             _link(self._bootstrap(meta), bootstrap)
-        if instance.daemon == SHARED:
-            with self._key_lock(SHARED):
-                if not daemon.alive():
-                    daemon.stop()
-                    daemon.start(self._launcher, self._arguments())
-            document = self._template.fill(f"/{instance.id}", reference, meta.labels)
-            template.write(directory / "config.json", document)
+        name, shared = instance.daemon, instance.daemon == SHARED
+        inside = f"/{instance.id}" if shared else "/"
+        document = self._template.fill(inside, reference, meta.labels)
+        template.write(directory / "config.json", document)
+        daemon = self._daemon(name)
+        with self._locked(name):
+            if not shared or not daemon.alive():
+                self._stop(name)
+                daemon.start(self._launcher, self._arguments(name))
+        if shared:
             with suppress(DaemonError):
-                daemon.client.umount(f"/{instance.id}")
-            daemon.client.mount(f"/{instance.id}", bootstrap, document)
-        else:
-            daemon.stop()
-            document = self._template.fill("/", reference, meta.labels)
-            template.write(directory / "config.json", document)
-            config = ["--config", str(directory / "config.json"), "--bootstrap", str(bootstrap)]
-            daemon.start(self._launcher, config + self._arguments())
-        if not where.is_mount():
-            daemon.stop()
-            raise NydusError(f"nydusd says it serves {where}, but nothing is mounted there")
+                daemon.client.umount(inside)
+            daemons.detach(where)  # of a daemon that did not live to tell us
+            daemon.client.mount(inside, bootstrap, document)
+        try:
+            if not where.is_mount():
+                raise NydusError(f"nydusd says it serves {where}, but nothing is mounted there")
+            with self._locked(name):
+                self._keep(name)
+        except NydusError:
+            if not shared:
+                self._stop(name)
+            daemons.detach(where)
+            raise
         log.info("mounted %s at %s in %.0f ms", instance.image, where, (time.monotonic() - started) * 1000)
-        self._watch(instance, daemon)
+        self._watch(name)
         return where
 
     def _drop(self, instance: Instance) -> None:
@@ -332,23 +318,70 @@ class Images:
         if others or not self._end_unused(instance.daemon):
             with suppress(DaemonError):
                 self._daemon(instance.daemon).client.umount(f"/{instance.id}")
+                with self._locked(instance.daemon):
+                    self._keep(instance.daemon)
             daemons.detach(where)
             with suppress(OSError):
                 where.rmdir()
             shutil.rmtree(self._directory(instance), ignore_errors=True)
         log.info("unmounted %s", instance.image)
 
-    def _recover(self, instance: Instance) -> None:
+    def _serves(self, name: str) -> bool:
+        """Whether a daemon serves, or a successor that has just taken over the mounts it left."""
+        daemon = self._daemon(name)
+        with self._locked(name):
+            if daemon.alive():
+                if name not in self._keeper:
+                    self._keep(name)
+                return True
+            if name not in self._keeper or daemon.process() is not None:
+                return False
+            for _ in range(_MAX_RESTARTS):
+                if not daemons.is_mounted(daemon.mountpoint):  # it has ended in order
+                    break
+                try:
+                    daemon.start(self._launcher, [*self._arguments(name), "--upgrade"], state="INIT")
+                    self._keeper.give(name, daemon.client)
+                    daemon.client.start()
+                except (NydusError, OSError) as error:
+                    log.error("daemon %s: its successor has failed: %s", name, error)
+                    daemon.kill()
+                else:
+                    log.warning("daemon %s has a successor, which serves its mounts", name)
+                    return True
+            self._stop(name)  # whoever waits for it must not wait for ever
+            return False
+
+    def _keep(self, name: str) -> None:
+        """Keep what a successor of the daemon needs as of now. Raises DaemonError if the daemon is dead."""
+        if self._config.daemon.recover_policy != "failover":
+            return
         try:
-            with self._key_lock(instance.key):
-                daemon = self._daemon(instance.daemon)
-                if daemon.alive() and self._mountpoint(instance).is_mount():
-                    self._watch(instance, daemon)
-                elif daemons.is_mounted(self._mountpoint(instance)):
-                    self._restart(instance)
-                # Otherwise the machine was restarted: it is mounted when somebody asks for it.
+            self._keeper.receive(name, self._daemon(name).client)
         except (NydusError, OSError) as error:
-            log.error("cannot bring back %s: %s", instance.image, error)
+            if isinstance(error, DaemonError) and error.status is None:
+                raise
+            log.warning("daemon %s can have no successor if it is killed: %s", name, error)
+
+    def _recover(self, name: str) -> None:
+        """Bring back a daemon that has ended, or was found at the start, with its mounts."""
+        for instance in self._instances():
+            if instance.daemon != name:
+                continue
+            try:
+                with self._locked(instance.key):
+                    if self._serves(name) and self._mountpoint(instance).is_mount():
+                        self._watch(name)
+                    elif daemons.is_mounted(self._mountpoint(instance)):
+                        self._restart(instance)
+                    # Otherwise the machine was restarted: it is mounted when somebody asks for it.
+            except (NydusError, OSError) as error:
+                log.error("cannot bring back %s: %s", instance.image, error)
+
+    def _stop(self, name: str) -> None:
+        """End a daemon with all its mounts; nobody waits for it any more."""
+        self._keeper.drop(name)
+        self._daemon(name).stop()
 
     def _end_unknown(self, known: set[str]) -> None:
         """End what was forgotten and not ended yet when an earlier run was killed."""
@@ -366,7 +399,7 @@ class Images:
 
     def _end_unused(self, name: str) -> bool:
         """End a daemon unless another image has come to it since."""
-        with self._key_lock(name):
+        with self._locked(name):
             if self._database.query("SELECT 1 FROM instances WHERE daemon = ?", name):
                 return False
             self._end(name)
@@ -376,8 +409,9 @@ class Images:
         """End a daemon and remove its files."""
         daemon = self._daemon(name)
         with self._lock:
-            self._stopping.add(name)
-        daemon.stop()
+            if name in self._watched:
+                self._stopping.add(name)
+        self._stop(name)
         for directory in (daemon.socket_path.parent, daemon.log_file.parent, self._root / "config" / name):
             shutil.rmtree(directory, ignore_errors=True)
         # Only what is empty: it may be somebody's mount after all.
@@ -385,14 +419,15 @@ class Images:
             with suppress(OSError):
                 path.rmdir()
 
-    def _watch(self, instance: Instance, daemon: Daemon) -> None:
+    def _watch(self, name: str) -> None:
+        """Have a daemon replaced, or started again, when it ends."""
         with self._lock:
-            self._stopping.discard(instance.daemon)
-            if instance.daemon in self._watched:
+            self._stopping.discard(name)
+            if name in self._watched:
                 return
-            self._watched.add(instance.daemon)
-        if not self._watcher.watch(daemon, lambda: self._ended(instance.daemon)):
-            self._ended(instance.daemon)
+            self._watched.add(name)
+        if not self._watcher.watch(self._daemon(name), lambda: self._ended(name)):
+            self._ended(name)
 
     def _ended(self, name: str) -> None:
         """A daemon's process has ended, by our doing or not."""
@@ -400,6 +435,8 @@ class Images:
         with self._lock:
             self._watched.discard(name)
             if name in self._stopping:
+                self._stopping.discard(name)
+                self._deaths.pop(name, None)
                 return
             deaths = [when for when in self._deaths.get(name, []) if now - when < _RESTART_WINDOW] + [now]
             self._deaths[name] = deaths
@@ -412,10 +449,11 @@ class Images:
             log.error(
                 "daemon %s ends too often; it is started again when a container asks for its image", name
             )
+            with self._locked(name):
+                self._keeper.drop(name)
             return
-        for instance in affected:
-            with suppress(RuntimeError):  # we are being closed
-                self._executor.submit(self._recover, instance)
+        with suppress(RuntimeError):  # we are being closed
+            self._recovery.submit(self._recover, name)
 
     def _restart(self, instance: Instance) -> None:
         rows = self._database.query(
@@ -446,20 +484,20 @@ class Images:
     def _directory(self, instance: Instance) -> Path:
         return self._root / "config" / instance.daemon / str(instance.id)
 
-    def _arguments(self) -> list[str]:
+    def _arguments(self, name: str) -> list[str]:
         settings = self._config.daemon
         arguments = ["--log-level", self._config.log.level, "--failover-policy", settings.failover_policy]
+        if settings.recover_policy == "failover":
+            arguments += ["--id", name, "--supervisor", str(self._keeper.socket_path(name))]
+        if name != SHARED:
+            directory = self._root / "config" / name / name
+            arguments += ["--config", str(directory / "config.json")]
+            arguments += ["--bootstrap", str(directory / "image.boot")]
         if settings.log_rotation_size:
             arguments += ["--log-rotation-size", str(settings.log_rotation_size)]
         if settings.threads_number:
             arguments += ["--thread-num", str(settings.threads_number)]
         return arguments
-
-    def _note_blobs(self, meta: Snapshot, blobs: list[str]) -> None:
-        with self._cache_lock, self._database.transaction() as db:
-            # An image without blobs has a row too: they are known.
-            rows = [(meta.id, blob) for blob in blobs or [_NONE]]
-            db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", rows)
 
     def _backend(self, meta: Snapshot) -> dict[str, Any]:
         reference = _reference(meta.labels, self._template.backend)
@@ -473,36 +511,6 @@ class Images:
             if path.is_file() and not path.is_symlink() and not path.parent.is_symlink():
                 return path
         raise NotFound(f"snapshot {meta.name} holds no bootstrap (image/image.boot): not found")
-
-    def _key_lock(self, key: str) -> threading.Lock:
-        with self._lock:
-            return self._locks.setdefault(key, threading.Lock())
-
-    def _retire(self, cached: set[str]) -> set[str]:
-        """Those of the cached blobs that have been without an image for long enough."""
-        now, period = int(time.time()), duration(self._config.cache_manager.gc_period)
-        with self._database.transaction() as db:
-            db.execute("DELETE FROM blobs WHERE snapshot NOT IN (SELECT id FROM snapshots)")
-            used = {row[0] for row in db.execute("SELECT blob FROM blobs")}
-            db.executemany(
-                "INSERT OR IGNORE INTO retired_blobs VALUES (?, ?)", [(b, now) for b in cached - used]
-            )
-            since = dict(db.execute("SELECT blob, since FROM retired_blobs"))
-            expired = {blob for blob in cached - used if now - since[blob] >= period}
-            gone = [(blob,) for blob in since if blob in expired or blob in used or blob not in cached]
-            db.executemany("DELETE FROM retired_blobs WHERE blob = ?", gone)
-        return expired
-
-
-_SUFFIXES = (
-    "",
-    ".chunk_map",
-    ".blob.data",
-    ".blob.data.chunk_map",
-    ".blob.meta",
-    ".image.disk",
-    ".layer.disk",
-)
 
 
 def _reference(labels: dict[str, str], backend: str) -> references.Reference | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,9 @@ def serve(config: Config, warnings: list[str]) -> None:
     Raises:
         NydusError: the root is in use, the address taken, the template wrong, nydusd missing.
     """
+    # Two descriptors of each daemon are kept; a thousand images are not too many.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     root = config.root_path
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with ExitStack() as stack:
