@@ -83,7 +83,7 @@ class Workers:
         """Ends all processes; those at work abandon it."""
         for link in self._links:
             with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
+                link.shutdown(socket.SHUT_WR)
         if self._forker.poll() is None:
             self._forker.terminate()
         try:
@@ -200,7 +200,8 @@ def main(numbers: Sequence[int]) -> None:
             failed = status
             end()
     if os.WIFSIGNALED(failed):
-        signal.signal(os.WTERMSIG(failed), signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL
+            signal.signal(os.WTERMSIG(failed), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(failed))
     os._exit(os.waitstatus_to_exitcode(failed))  # an interpreter takes its time to end
 

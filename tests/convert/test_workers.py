@@ -1,0 +1,82 @@
+"""The processes that convert layers, when one of them is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from faulty import FaultyHandler, FaultyRegistry, is_blob
+
+from nydus.convert.image import image
+from nydus.convert.options import ConvertOptions
+from nydus.convert.progress import Silent
+from nydus.errors import NydusError
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+
+pytestmark = pytest.mark.vectors
+
+
+def place(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that nobody reaps does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def held(server: FaultyRegistry, source: str) -> Iterator[threading.Event]:
+    """Set once all layers are being fetched, none of which comes."""
+    begun, over = threading.Event(), threading.Event()
+
+    def hold(handler: FaultyHandler) -> bool:
+        if is_blob(handler) and len(server.paths("GET")) >= 4:
+            begun.set()
+            over.wait(20)
+        return False
+
+    server.intercepts.append(hold)
+    yield begun
+    over.set()
+
+
+@pytest.mark.parametrize("victim", ["worker", "forker"])
+def test_a_killed_process_is_an_error_that_says_so(
+    server: FaultyRegistry, source: str, held: threading.Event, victim: str
+) -> None:
+    before = set(children(os.getpid()))
+    killed: list[int] = []
+
+    def kill() -> None:
+        held.wait(20)
+        (forker,) = set(children(os.getpid())) - before
+        killed.extend([forker, *children(forker)])
+        os.kill(killed[1 if victim == "worker" else 0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(NydusError, match="process was ended by SIGKILL; was there too little memory"):
+        image(place(source), place(f"{server.host}/small:n"), ConvertOptions(workers=2), Silent())
+    killer.join()
+    assert len(killed) == 3
+    assert set(children(os.getpid())) == before
+    end = time.monotonic() + 10
+    while any(map(lives, killed)):
+        assert time.monotonic() < end, "a process was left behind"
+        time.sleep(0.01)
+    assert not any(path.startswith("/v2/small/manifests") for path in server.paths("PUT"))
