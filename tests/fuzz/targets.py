@@ -335,7 +335,7 @@ x-a = ["1"]
 _CHALLENGE = (
     b'Bearer realm="https://auth.example/token",service="registry",scope="repository:a/b:pull", Basic realm=x'
 )
-_DIGEST = "sha256:" + "a" * 64
+_DIGEST, _OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 _STARGZ = {
     "version": 1,
     "entries": [
@@ -345,6 +345,7 @@ _STARGZ = {
         {"name": "big", "type": "reg", "size": 0x400005, "digest": _DIGEST, "offset": 400,
          "chunkSize": 0x400000, "chunkDigest": _DIGEST},
         {"name": "big", "type": "chunk", "offset": 9000, "chunkOffset": 0x400000, "chunkDigest": _DIGEST},
+        {"name": "in", "type": "reg", "size": 7, "digest": _OTHER, "offset": 100, "innerOffset": 512},
         {"name": "s", "type": "symlink", "linkName": "dir/a"},
         {"name": "h", "type": "hardlink", "linkName": "dir/a"},
         {"name": "c", "type": "char", "devMajor": 5, "devMinor": 1},

@@ -17,8 +17,9 @@ from nydus.build.stream import BLOCK, Source
 from nydus.build.tree import NO_DEVICE, TreeBuilder
 from nydus.build.zran import reference_features, seal_reference
 from nydus.errors import ConfigError, FormatError
-from nydus.rafs.blobmeta import ChunkMap
-from nydus.rafs.model import Array, BlobInfo, ChunkFlag
+from nydus.rafs.blobmeta import BATCH, ChunkMap
+from nydus.rafs.checks import MAX_UNIT
+from nydus.rafs.model import Array, BlobFeature, BlobInfo, ChunkFlag
 
 #: No table of contents is larger.
 MAX_TOC = 512 << 20
@@ -78,7 +79,7 @@ def build_stargz(
     prefetch: Iterable[bytes] = (),
     where: str = "",
 ) -> LayerResult:
-    """Build from a ``stargz.index.json``; chunks are read out of the layer, one gzip member each.
+    """Build from a ``stargz.index.json``; chunks are read out of the gzip members of the layer.
 
     Args:
         sink: gets the chunk table.
@@ -177,7 +178,7 @@ class _Chunks:
     def __init__(self, options: BuildOptions, where: str) -> None:
         self._chunk_size = options.chunk_size
         self._where = where
-        self._usize, self._coffset = array("I"), array("Q")
+        self._usize, self._coffset, self._inner = array("I"), array("Q"), array("Q")
         self._digests = bytearray()
         self._known: dict[bytes, int] = {}
         self._references = array("q")
@@ -199,15 +200,15 @@ class _Chunks:
     def add(self, entry: _Entry, file: _File) -> None:
         size = entry.chunk_size or file.size - entry.chunk_offset
         problem = ""
-        if entry.inner_offset:
-            problem = "starts inside a gzip member"
-        elif entry.chunk_offset != file.done or not 0 < size <= file.size - file.done:
+        if entry.chunk_offset != file.done or not 0 < size <= file.size - file.done:
             problem = "is not where the chunk before it ends"
         elif size > self._chunk_size or (file.done + size < file.size and size != self._chunk_size):
             power = 0x1000 <= size <= 0x100_0000 and size & (size - 1) == 0
             problem = f"has {size:#x} bytes" + (f"; build with --chunk-size {size:#x}" if power else "")
         elif not 0 <= entry.offset < 1 << 40:
             problem = f"has the impossible offset {entry.offset}"
+        elif not 0 <= entry.inner_offset <= MAX_UNIT - size:
+            problem = f"starts {entry.inner_offset} bytes inside a gzip member, which is too far"
         digest = _sha256(entry.chunk_digest or (entry.digest if size == file.size else ""))
         if digest is None:
             problem = problem or "has no sha256 digest"
@@ -222,6 +223,7 @@ class _Chunks:
                 raise FormatError("a blob cannot have more chunks", expected=MAX_CHUNKS)
             self._usize.append(size)
             self._coffset.append(entry.offset)
+            self._inner.append(entry.inner_offset)
             self._digests += digest
         self._references.append(number)
 
@@ -233,11 +235,15 @@ class _Chunks:
         builder.set_chunks(file.inode, file.first, len(self) - file.first)
 
     def chunk_map(self, info: BlobInfo, layer_size: int) -> ChunkMap | None:
-        """The table of the blob; stored sizes are bounds, as only starts are known."""
+        """The table of the blob; stored sizes are bounds, as only starts are known.
+
+        The chunks of a member with several are a batch.
+        """
         if not self._usize:
             return None
         usize = np.array(self._usize, np.uint64)
         coffset = np.array(self._coffset, np.uint64)
+        inner = np.array(self._inner, np.uint64)
         aligned = (usize + np.uint64(4095)) & ~np.uint64(4095)
         ends = np.cumsum(aligned, dtype=np.uint64)
         starts = np.unique(np.array(self._starts, np.uint64))
@@ -248,7 +254,7 @@ class _Chunks:
         info.chunk_count = len(usize)
         info.uncompressed_size = int(ends[-1])
         zeros = np.zeros(len(usize), np.uint32)
-        return ChunkMap(
+        table = ChunkMap(
             blob=info,
             uoffset=ends - aligned,
             usize=usize.astype(np.uint32),
@@ -257,9 +263,21 @@ class _Chunks:
             flags=np.full(len(usize), int(ChunkFlag.COMPRESSED), np.uint8),
             crc=zeros,
             context=zeros,
-            context_offset=zeros,
+            context_offset=inner.astype(np.uint32),
             digests=np.frombuffer(bytes(self._digests), np.uint8).reshape(-1, 32),
         )
+        members, first = np.unique(coffset[inner > 0], return_index=True)
+        if len(members):
+            info.features |= BlobFeature.BATCH
+            batched = np.isin(coffset, members)
+            table.context = np.where(batched, np.searchsorted(members, coffset), 0).astype(np.uint32)
+            table.batch = np.zeros(len(members), BATCH)
+            np.maximum.at(table.batch["usize"], table.context[batched], (inner + usize)[batched])
+            room = following[inner > 0][first] - members
+            table.batch["csize"] = np.minimum(room, _bound(table.batch["usize"].astype(np.uint64)))
+            table.csize[batched] = 0
+            table.flags[batched] |= np.uint8(ChunkFlag.BATCH)
+        return table
 
 
 def _bound(size: Any) -> Any:

@@ -12,8 +12,9 @@ Kind = TypeVar("Kind", bound=IntEnum)
 
 MIN_CHUNK_SIZE = 0x1000
 MAX_CHUNK_SIZE = 0x100_0000
-#: Chunks of EXTERNAL blobs are not ours to cut.
-MAX_EXTERNAL_CHUNK = 64 << 20
+#: Upper bound of the stored and of the decoded size of what can only be read as a whole: batches, gzip
+#: members, chunks of EXTERNAL blobs. Real ones stay below 20 MiB.
+MAX_UNIT = 64 << 20
 MAX_COMPRESSED = 1 << 40
 MAX_UNCOMPRESSED = 1 << 44
 MAX_CHUNKS = 0xFF_FFFF

@@ -76,7 +76,8 @@ def compress(kind: Compression, data: Buffer) -> bytes:
 def decompress(kind: Compression, data: Buffer, size: int) -> bytes:
     """Decompress one chunk that must give exactly ``size`` bytes; memory is bounded by ``size``.
 
-    Bytes behind a gzip member are ignored: the stored length of a legacy stargz chunk is only an upper bound.
+    What follows the wanted bytes of gzip data is ignored: members of eStargz go on with padding and the
+    headers of other files, and their stored lengths are only upper bounds.
 
     Raises:
         FormatError: the data are corrupt, or give another number of bytes.
@@ -116,14 +117,15 @@ def _gzip(data: Buffer, size: int) -> bytes:
     parts: list[bytes] = []
     rest: Buffer = data
     missing = size
-    while True:
+    while missing:  # a limit of 0 would be none
         member = isal_zlib.decompressobj(31)
-        part = member.decompress(rest, missing + 1)
+        part = member.decompress(rest, missing)
         parts.append(part)
         missing -= len(part)
         rest = member.unused_data
-        if missing <= 0 or not member.eof or rest[:2] != b"\x1f\x8b":
-            return b"".join(parts)
+        if not member.eof or rest[:2] != b"\x1f\x8b":
+            break
+    return b"".join(parts)
 
 
 def xts_encrypt(key: bytes, iv: bytes, data: Buffer) -> bytes:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from nydus.errors import FormatError
 from nydus.rafs import codec
 from nydus.rafs.blobmeta import ChunkMap
+from nydus.rafs.checks import MAX_UNIT
 from nydus.rafs.model import ChunkFlag, Cipher, Compression
 
 # Plain integers: operators of flag enumerations cost more than the work between them.
@@ -21,9 +22,6 @@ _COMPRESSED, _ENCRYPTED = int(ChunkFlag.COMPRESSED), int(ChunkFlag.ENCRYPTED)
 _BATCH, _ZRAN = int(ChunkFlag.BATCH), int(ChunkFlag.ZRAN)
 #: How a chunk is verified.
 _NOTHING, _CRC, _DIGEST = 0, 1, 2
-
-#: Upper bound of the stored and of the decoded size of a unit; real ones stay below 20 MiB.
-MAX_UNIT = 64 << 20
 
 # Output-free deflate blocks of 8 - n bits (modulo 8), for n pending bits: (bits, value), rafs.md 3.4.
 _PADDING = {
@@ -160,8 +158,9 @@ class Decoder:
         entry = self._chunks.batch[context]
         data = self._decrypted(int(self._chunks.flags[row]), stored)
         size = int(entry["usize"])
-        # A batch that did not shrink is stored raw; rafs.md 3.3.
-        return codec.decompress(Compression.NONE if len(data) == size else self._kind, data, size)
+        # A batch that did not shrink is stored raw (rafs.md 3.3); of a gzip member only a bound is known.
+        raw = len(data) == size and self._kind != Compression.GZIP
+        return codec.decompress(Compression.NONE if raw else self._kind, data, size)
 
     def _decrypted(self, flags: int, stored: memoryview) -> bytes | memoryview:
         if flags & _ENCRYPTED and self._chunks.blob.cipher != Cipher.NONE:

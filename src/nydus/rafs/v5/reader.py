@@ -262,12 +262,12 @@ class Reader:
             first = self.buffer.gather(starts[filled], CHUNK, "chunk list")
             known = first["blob_index"] < len(external)
             mine = known & external[np.where(known, first["blob_index"], 0)]
-            if (first["usize"][mine] > checks.MAX_EXTERNAL_CHUNK).any():
+            if (first["usize"][mine] > checks.MAX_UNIT).any():
                 raise self.buffer.error(
                     "a chunk of an external file is too large",
                     int(starts[filled[mine]][np.argmax(first["usize"][mine])]),
                     found=int(first["usize"][mine].max()),
-                    expected=f"at most {checks.MAX_EXTERNAL_CHUNK}",
+                    expected=f"at most {checks.MAX_UNIT}",
                 )
             result[filled[mine]] = first["usize"][mine]
         return result

@@ -410,11 +410,11 @@ class Reader:
             return chunks
         first = np.flatnonzero(~same)
         sizes = np.add.reduceat(chunks["usize"].astype(np.uint64), first)
-        if (sizes > checks.MAX_EXTERNAL_CHUNK).any():
+        if (sizes > checks.MAX_UNIT).any():
             raise self.buffer.error(
                 "a chunk is too large",
                 found=int(sizes.max()),
-                expected=f"at most {checks.MAX_EXTERNAL_CHUNK}",
+                expected=f"at most {checks.MAX_UNIT}",
             )
         joined = chunks[first]
         joined["usize"] = sizes

@@ -134,7 +134,7 @@ def _read_blob(buffer: Buffer, entry: Any, position: int, offset: int, head: Sup
     # 0 is found in blobs whose chunk size was not recorded.
     chunk_size = int(entry["chunk_size"]) or head.chunk_size
     external = int(entry["features"]) & BlobFeature.EXTERNAL
-    limit = checks.MAX_EXTERNAL_CHUNK if external else checks.MAX_CHUNK_SIZE
+    limit = checks.MAX_UNIT if external else checks.MAX_CHUNK_SIZE
     blob = BlobInfo(
         id=checks.blob_id(entry["id"].tobytes().rstrip(b"\0"), where, offset),
         chunk_size=checks.chunk_size(chunk_size, where, offset + 68, limit),
