@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
+from zlib import adler32
 
 from nydus.errors import FormatError
 
@@ -106,7 +107,7 @@ class TarReader:
 
     def __iter__(self) -> Iterator[Entry]:
         window = self._window
-        pending = _Pending()
+        pending = nothing = _Pending()
         while (header := window.header()) is not None:
             start = window.position - 512
             if header == _ZERO:
@@ -115,6 +116,8 @@ class TarReader:
             self._check_sum(header, start)
             kind = header[156]
             if kind in b"LKx":
+                if pending is nothing:
+                    pending = _Pending()
                 text = self._extension(self._number(header, 124, 136, start), start)
                 if kind == 0x78:  # x
                     pending.records, pending.sparse = self._records(text, start)
@@ -127,7 +130,7 @@ class TarReader:
                 self._extension(self._number(header, 124, 136, start), start)
                 continue
             entry = self._entry(header, kind, pending, start)
-            pending = _Pending()
+            pending = nothing
             end = window.position + entry.stored
             yield entry
             window.skip(end - window.position + -end % 512)
@@ -172,7 +175,9 @@ class TarReader:
             expected = self._number(header, 148, 156, at)
         except FormatError:
             raise self._fail("not a tar header", at, found=header[:16]) from None
-        found = sum(header) - sum(header[148:156]) + 8 * 32
+        # The low half of Adler-32 is the sum of all bytes + 1, modulo 65521: more than 512 * 127.
+        found = (adler32(header) & 0xFFFF) - 1 if header.isascii() else sum(header)
+        found += 8 * 32 - sum(header[148:156])
         # Some old programs summed signed bytes.
         if expected != found and expected != found - 256 * sum(b > 127 for b in header[:148] + header[156:]):
             raise self._fail("not a tar header: wrong checksum", at, expected=expected, found=found)
