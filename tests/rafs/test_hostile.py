@@ -81,6 +81,16 @@ def test_directory_that_contains_itself() -> None:
         rafs.read(bytes(data), "loop")
 
 
+def test_directory_that_contains_itself_in_disguise() -> None:
+    data = bytearray(rafs.write(make({b"/a/b": Item(content=b"x"), b"/c/d/e": Item()})))
+    head = rafs.superblock(bytes(data))
+    # The entry of the regular file /c/d/e leads to the root, and goes on being that of a regular file.
+    at = data.index(b"...e") - layout.DIRENT.itemsize
+    data[at : at + 8] = head.root.to_bytes(8, "little")
+    with pytest.raises(FormatError, match="type of a directory entry is not the inode's"):
+        rafs.read(bytes(data), "loop")
+
+
 def test_overlapping_directories_are_bounded() -> None:
     """Many directories that share one block of entries would otherwise multiply."""
     count = 3000

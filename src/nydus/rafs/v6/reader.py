@@ -91,9 +91,11 @@ class Reader:
         owners = np.flatnonzero(nodes["link"] == np.arange(len(nodes)))
         inodes, places, sizes = self.load(nids[owners])
         self.nids, self.inodes, self.places, self.sizes = nids, inodes, places, sizes
-        if (layout.FILE_TYPES[inodes["mode"] >> 12] != kinds[owners]).any():
-            bad = int(np.argmax(layout.FILE_TYPES[inodes["mode"] >> 12] != kinds[owners]))
-            raise self.buffer.error("the type of a directory entry is not the inode's", int(places[bad]))
+        # Of all names: a directory could have a second one in disguise, and contain itself.
+        other = layout.FILE_TYPES[inodes["mode"] >> 12][np.searchsorted(owners, nodes["link"])] != kinds
+        if other.any():
+            bad = self.offset_of(nids[np.argmax(other)])
+            raise self.buffer.error("the type of a directory entry is not the inode's", bad)
         for name in ("mode", "uid", "gid", "nlink", "size", "mtime_ns"):
             nodes[name][owners] = inodes[name]
         nodes["mtime"][owners] = inodes["mtime"].astype(np.int64)
