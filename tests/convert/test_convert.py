@@ -271,7 +271,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_pushed(
     server.seen.clear()
     for tag, words in (
         ("done", "is a Nydus image already"),
-        ("encrypted", "layer 1 is of a type that cannot be converted"),
+        ("encrypted", "layer 1 is encrypted"),
         ("fewer", "wrong number of layers"),
         ("unknown", "404 manifest unknown"),
     ):

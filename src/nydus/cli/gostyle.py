@@ -98,6 +98,13 @@ def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
+def decryption_key(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the option with private keys for encrypted images."""
+    text = "Private key for an encrypted image: FILE, or FILE:pass=PASSWORD. May be given repeatedly."
+    found: Callable[..., Any] = click.option("--decryption-key", multiple=True, help=text)(command)
+    return found
+
+
 def tell_environment(ctx: click.Context, log: Log) -> None:
     """Says which options came from the environment."""
     for parameter in ctx.command.params:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment, tell_unused
+from nydus.cli.gostyle import (
+    GoCommand,
+    decryption_key,
+    given,
+    option,
+    reporting,
+    tell_environment,
+    tell_unused,
+)
 from nydus.cli.logs import Log, human
 from nydus.errors import ConfigError, NydusError
 
@@ -46,6 +54,7 @@ _OF_SOURCE = (
     "--multi-platform", env="MULTI_PLATFORM", is_flag=True, help="Not needed: both halves are always checked."
 )
 @option("--platform", help="os/architecture; default: this machine's.")
+@decryption_key
 @option("--no-mount", is_flag=True, help="Read the files without mounting the image.")
 @option(
     "--work-dir", env="WORK_DIR", default="./output", help="For documents and bootstrap; kept. [./output]"
@@ -67,6 +76,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
     from nydus.convert.check import check as run
+    from nydus.oci.encryption import private_keys
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -98,10 +108,11 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         )
     places = []
     for side in ("target", "source"):
-        keys = ("type", "config", "config_file")
-        kind, text, file = (values[f"{side}_backend_{key}"] for key in keys)
+        words = ("type", "config", "config_file")
+        kind, text, file = (values[f"{side}_backend_{word}"] for word in words)
         found = backend_config(kind, text, file, f"--{side}-backend")
         places.append(backend_place(*found) if found else None)
+    keys = private_keys(values["decryption_key"])
     work_dir = Path(values["work_dir"])
     output = Path(values["output_json"]) if values["output_json"] else None
     document: dict[str, Any] = {"target": str(target), "verified": False}
@@ -118,7 +129,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             mounted = through_mount
         with progress_for(log) as progress:
             platform = one_platform(values["platform"])
-            report = run(target, source, platform, work_dir, progress, mounted, *places)
+            report = run(target, source, platform, work_dir, progress, mounted, places[0], places[1], keys)
         document = {**dataclasses.asdict(report), "verified": True}
         for warning in report.warnings:
             log.warning(warning)

@@ -14,6 +14,7 @@ import click
 from nydus.cli.gostyle import (
     GoCommand,
     byte_size,
+    decryption_key,
     duration,
     given,
     number,
@@ -40,7 +41,7 @@ _OF_NYDUS = (
     "merge_platform", "oci_ref", "with_referrer", "oci", "fs_version", "fs_chunk_size", "batch_size",
     "compressor", "fs_align_chunk", "backend_aligned_chunk", "prefetch_dir", "prefetch_patterns",
     "chunk_dict", "chunk_dict_insecure", "build_cache", "build_cache_tag", "build_cache_version",
-    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse",
+    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse", "encrypt_recipients",
 )  # fmt: skip
 _OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
 _OF_SOURCE = ("source_insecure",)
@@ -103,6 +104,12 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 @option("--backend-force-push", env="BACKEND_FORCE_PUSH", is_flag=True, help="Upload blobs even if present.")
 @option("--source-backend-type", hidden=True)
 @option("--source-backend-config", hidden=True)
+@option(
+    "--encrypt-recipients",
+    multiple=True,
+    help="Who may read the image: jwe:FILE of a public key, separated by commas or given repeatedly.",
+)
+@decryption_key
 @option("--no-reuse", is_flag=True, help="Convert layers even if the target has them from an earlier run.")
 @option(
     "--work-dir", env="WORK_DIR", default="./tmp", help="For temporary files, where any are needed. [./tmp]"
@@ -138,6 +145,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
     from nydus.convert.reverse import reverse
+    from nydus.oci.encryption import private_keys
     from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
 
@@ -151,6 +159,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         log.warning("--nydus-image is not used: the builder is built in")
     for unused, names, why in (
         (values["reverse"], _OF_NYDUS, "with --reverse"),
+        (not values["reverse"], ("decryption_key",), "without --reverse"),
         (values["all_platforms"], ("platform",), "with --all-platforms"),
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
         (not values["chunk_dict"], ("chunk_dict_insecure",), "without --chunk-dict"),
@@ -183,12 +192,14 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         oci_ref=values["oci_ref"],
         merge_platform=values["merge_platform"],
         with_referrer=values["with_referrer"],
+        recipients=tuple(word for text in values["encrypt_recipients"] for word in text.split(",") if word),
         record=None if values["no_reuse"] else default_folder(),
         attempts=values["push_retry_count"] if values["push_retry_count"] > 0 else 3,
         retry_delay=duration(values["push_retry_delay"]),
     )
     chosen = platforms(values["platform"], values["all_platforms"])
 
+    keys = private_keys(values["decryption_key"])
     sink: AbstractContextManager[SinkPlace]
     if values["target_archive"]:
         archive = Path(values["target_archive"])
@@ -205,7 +216,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     with progress_for(log) as progress, sink as place:
         if values["reverse"]:
             with _blobs(values) as blobs:
-                result = reverse(source, place, options, progress, chosen, blobs)
+                result = reverse(source, place, options, progress, chosen, blobs, keys)
         else:
             cache, backend = _build_cache(values, target), _backend(values)
             chunks = _dictionary(values)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nydus.cli.gostyle import GoCommand, option
+from nydus.cli.gostyle import decryption_key as key_option
 from nydus.cli.logs import human
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _KINDS = {
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
 @option("--platform", help="os/architecture[/variant], separated by commas; default: all.")
+@key_option
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(
     reference: str | None,
@@ -37,6 +39,7 @@ def info(
     target_insecure: bool,
     plain_http: bool,
     platform: str | None,
+    decryption_key: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Say what kind of image REFERENCE is, how large, how much is shared, what is prefetched.
@@ -46,13 +49,15 @@ def info(
     from nydus.cli.nydusify_places import platforms, source_place
     from nydus.convert.info import describe
     from nydus.convert.select import select
+    from nydus.oci.encryption import private_keys
 
     place = source_place(
         reference or target, target_archive, plain_http=plain_http, insecure=target_insecure, option="target"
     )
+    keys = private_keys(decryption_key)
     reader = place.open()
     _, images = select(reader, place.target, str(place), platforms(platform, not platform), nydus=True)
-    found = [describe(image, reader, str(place)) for image in images]
+    found = [describe(image, reader, str(place), keys) for image in images]
     if as_json:
         document: Any = [dataclasses.asdict(each) for each in found]
         click.echo(json.dumps(document if len(document) > 1 else document[0], indent=2))
@@ -69,6 +74,8 @@ def _show(found: Info) -> None:
         ("Kind", _KINDS[found.kind]),
         ("Size", f"{human(found.size)} in {len(found.layers)} layers"),
     ]
+    if found.encrypted and not found.fs_version:
+        rows.append(("RAFS", "encrypted; --decryption-key shows what is in it"))
     if found.fs_version:
         rows += [
             (

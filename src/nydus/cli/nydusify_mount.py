@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, given, option, reporting, tell_environment
+from nydus.cli.gostyle import GoCommand, decryption_key, given, option, reporting, tell_environment
 from nydus.cli.logs import Log
 from nydus.errors import ConfigError, NydusError
 
@@ -28,6 +28,7 @@ from nydus.errors import ConfigError, NydusError
 @option("--prefetch", env="PREFETCH", is_flag=True, help="Fetch everything in the background.")
 @option("--mount-path", env="MOUNT_PATH", default="./image-fs", help="Where to mount. [./image-fs]")
 @option("--platform", help="os/architecture; default: this machine's.")
+@decryption_key
 @option("--work-dir", env="WORK_DIR", default="./tmp", help="For documents, cache and socket. [./tmp]")
 @option(
     "--nydusd", env="NYDUSD", default="nydusd", help="The daemon to mount with; default: the built-in one."
@@ -44,6 +45,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
     from nydus.convert.mounting import backend_of, mounted
     from nydus.convert.select import select
+    from nydus.oci.encryption import private_keys
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -54,6 +56,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
         insecure=values["target_insecure"],
         option="target",
     )
+    keys = private_keys(values["decryption_key"])
     if os.geteuid() != 0:
         raise ConfigError("mounting needs root")
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
@@ -65,7 +68,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     if image is None:
         raise NydusError(f"{place}: is not a Nydus image")
     log.info("pulling bootstrap", image=place)
-    files, _ = read_bootstrap_layer(reader, image.manifest.layers[-1], f"{place}: bootstrap layer")
+    where = f"{place}: bootstrap layer"
+    files, _ = read_bootstrap_layer(reader, image.manifest.layers[-1], where, keys)
     work_dir, mountpoint = Path(values["work_dir"]), Path(values["mount_path"])
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

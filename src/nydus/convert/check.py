@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,26 @@ from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import Image, host_platform, matches, select
-from nydus.errors import BackendError, FormatError, NydusError
+from nydus.errors import BackendError, ConfigError, FormatError, NydusError
 from nydus.oci import model
+from nydus.oci.encryption import ENCRYPTED
 from nydus.oci.foreign import open_layer, plain_http
 from nydus.oci.model import Platform
 from nydus.oci.place import Source, SourcePlace
 
 if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
+
     from nydus.rafs.model import Tree
 
 #: Bytes of one request, which for an object store is one round trip.
 _PIECE = 4 << 20
-_BOOTSTRAP_TYPES = (model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP, model.OCI_LAYER)
+_BOOTSTRAP_TYPES = (
+    model.OCI_LAYER_GZIP,
+    model.DOCKER_LAYER_GZIP,
+    model.OCI_LAYER,
+    f"{model.OCI_LAYER_GZIP}{ENCRYPTED}",
+)
 
 #: Gives the listing of a Nydus image through a mount: (place, image, bootstrap file, work folder).
 Mounted = Callable[["Side", Path], Listing]
@@ -100,6 +108,7 @@ def check(
     mounted: Mounted | None = None,
     target_blobs: BackendPlace | None = None,
     source_blobs: BackendPlace | None = None,
+    keys: Sequence[JWK] = (),
 ) -> Report:
     """Checks a Nydus image, and that it is the same as another image.
 
@@ -110,6 +119,7 @@ def check(
         platform: None is this machine's where there is a choice.
         work_dir: gets the documents and the bootstrap, in ``source`` and ``target``. Kept.
         target_blobs, source_blobs: storage backends with the blobs of an image that does not list them.
+        keys: private keys, for encrypted images.
         mounted: reads the target's files through a mount; None reads them through our own reader.
 
     Raises:
@@ -134,7 +144,7 @@ def check(
             "manifest", "target", f"{target} is not a Nydus image: its last layer is no bootstrap"
         )
     for side in sides:
-        _dump(side, work_dir / side.name, progress)
+        _dump(side, work_dir / side.name, progress, keys)
     for side in sides:
         for found in (side.oci, side.nydus):
             if found is not None:
@@ -196,7 +206,7 @@ def _parse(name: str, place: SourcePlace, platform: Platform | None) -> Side:
     return side
 
 
-def _dump(side: Side, folder: Path, progress: Progress) -> None:
+def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, found in (("oci", side.oci), ("nydus", side.nydus)):
         if found is None:
@@ -210,7 +220,9 @@ def _dump(side: Side, folder: Path, progress: Progress) -> None:
     layer = side.nydus.manifest.layers[-1]
     where = f"{side.place}: bootstrap layer"
     try:
-        side.files, diff_id = read_bootstrap_layer(side.reader, layer, where)
+        side.files, diff_id = read_bootstrap_layer(side.reader, layer, where, keys)
+    except ConfigError:
+        raise
     except NydusError as error:
         raise CheckError("bootstrap", side.name, error) from error
     expected = side.nydus.config.rootfs.diff_ids[-1:]
@@ -387,6 +399,7 @@ def _check_contents(side: Side, folder: Path, report: Report) -> None:
         for blob in side.tree.blobs
         if blob.features & BlobFeature.HAS_TOC
     }
+    encrypted = {blob.id for blob in side.tree.blobs if blob.cipher}
     names = [layer.digest.partition(":")[2] for layer in side.nydus.manifest.layers[:-1]]
     for name in dict.fromkeys(names or [blob.id for blob in side.tree.blobs]):
         with open(folder / name, "rb") as file:
@@ -396,7 +409,8 @@ def _check_contents(side: Side, folder: Path, report: Report) -> None:
                 return os.pread(descriptor, length, offset)
 
             try:
-                found = check_contents(read, size, f"blob {name}", listed=name in listed)
+                where = f"blob {name}"
+                found = check_contents(read, size, where, listed=name in listed, encrypted=name in encrypted)
             except FormatError as error:
                 raise CheckError("blob", side.name, error) from error
         report.count("sections", found)

@@ -11,9 +11,9 @@ import stat
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,8 +22,12 @@ from nydus.build.stream import Window
 from nydus.build.tar import TarReader
 from nydus.errors import FormatError
 from nydus.oci import model
+from nydus.oci.encryption import ENCRYPTED, decrypt, encrypt
 from nydus.oci.model import Descriptor, Manifest
-from nydus.oci.place import Source
+from nydus.oci.place import Sink, Source
+
+if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
 
 #: Where the bootstrap lies in its layer; the snapshotter finds it there.
 BOOTSTRAP = "image/image.boot"
@@ -89,10 +93,24 @@ def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
     return bytes(header)
 
 
-def read_bootstrap_layer(source: Source, layer: Descriptor, where: str) -> tuple[dict[str, bytes], str]:
+def put_bootstrap(writer: Sink, packed: bytes, readers: Sequence[JWK] = ()) -> Descriptor:
+    """Stores a bootstrap layer, encrypted if it is for some readers only."""
+    if not readers:
+        return writer.put_blob(packed, model.OCI_LAYER_GZIP)
+    stored, annotations = encrypt(packed, readers)
+    return writer.put_blob(stored, f"{model.OCI_LAYER_GZIP}{ENCRYPTED}", annotations=annotations)
+
+
+def read_bootstrap_layer(
+    source: Source, layer: Descriptor, where: str, keys: Sequence[JWK] = ()
+) -> tuple[dict[str, bytes], str]:
     """Fetches the last layer of a Nydus image; see :func:`unpack_bootstrap_layer`.
 
+    Args:
+        keys: private keys, for one that is encrypted.
+
     Raises:
+        ConfigError: it is encrypted, and no key fits.
         BackendError: it cannot be read, or its bytes are not what its digest says.
         FormatError: it is not a bootstrap layer.
     """
@@ -103,6 +121,8 @@ def read_bootstrap_layer(source: Source, layer: Descriptor, where: str) -> tuple
         data = stream.read(-1)
     finally:
         stream.close()
+    if layer.media_type.endswith(ENCRYPTED):
+        data = decrypt(data, layer.annotations, keys, where)
     return unpack_bootstrap_layer(data, where)
 
 
@@ -188,8 +208,8 @@ def rewrite_manifest(
             *blobs,
             msgspec.structs.replace(
                 bootstrap,
-                media_type=model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP,
-                annotations={model.NYDUS_BOOTSTRAP: "true", **version},
+                media_type=model.DOCKER_LAYER_GZIP if docker else bootstrap.media_type,
+                annotations={**bootstrap.annotations, model.NYDUS_BOOTSTRAP: "true", **version},
             ),
         ),
         subject=subject,

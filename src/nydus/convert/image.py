@@ -6,13 +6,20 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blob, linkable_repository
-from nydus.convert.documents import bootstrap_layer, config_type, rewrite_config, rewrite_manifest
+from nydus.convert.documents import (
+    bootstrap_layer,
+    config_type,
+    put_bootstrap,
+    rewrite_config,
+    rewrite_manifest,
+)
 from nydus.convert.finished import Finished, kept_layers
 from nydus.convert.job import Converted
 from nydus.convert.layers import convert_layers, readable, repository_of
@@ -25,8 +32,12 @@ from nydus.convert.select import Image, reference_name, select
 from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
+from nydus.oci.encryption import ENCRYPTED, recipients
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
+
+if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
 
 #: Each holds some 60 MB; images rarely have more large layers than this.
 _WORKERS = 8
@@ -87,6 +98,11 @@ def image(
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
+    if options.recipients:
+        if cache or dictionary:
+            raise ConfigError("encrypted images cannot be used with a build cache or a chunk dictionary")
+        options = replace(options, oci=True, record=None)  # each has keys of its own
+    readers = recipients(options.recipients)
     if options.oci_ref:
         if backend or dictionary:
             raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
@@ -150,6 +166,7 @@ def image(
             backend=backend,
             dictionary=chunks,
             target=target,
+            readers=readers,
         )
         for found, manifest in pairs
     ]
@@ -196,7 +213,11 @@ def _check(found: Image, reader: Source, where: str, options: ConvertOptions) ->
         raise FormatError("wrong number of layers", where=where, expected=f"{expected} diff ids", found=count)
     for number, layer in enumerate(found.manifest.layers, 1):
         kind = layer.media_type
-        if not kind.startswith(_LAYER_TYPES) or kind.endswith("+encrypted"):
+        if kind.endswith(ENCRYPTED):
+            raise ConfigError(
+                f"{where}: layer {number} is encrypted; decrypt it first (skopeo copy --decryption-key)"
+            )
+        if not kind.startswith(_LAYER_TYPES):
             raise ConfigError(f"{where}: layer {number} is of a type that cannot be converted: {kind!r}")
         if options.oci_ref and "zstd" in kind:
             raise ConfigError(
@@ -219,11 +240,13 @@ def _assemble(
     backend: BackendPlace | None,
     dictionary: Opened | None,
     target: SinkPlace,
+    readers: Sequence[JWK],
 ) -> Manifest:
     """Merges the layers of one image and stores all of it but the manifest.
 
     Args:
         backend: where the blobs are instead of the target, whose manifest then does not list them.
+        readers: for whom the bootstrap is encrypted.
     """
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
@@ -232,7 +255,7 @@ def _assemble(
     tree.prefetch = prefetch_rows(tree, options.prefetch)
     metas = {blob.digest.removeprefix("sha256:"): blob.meta for blob in blobs if blob.meta}
     packed, diff_id = bootstrap_layer(write_bootstrap(tree), metas)
-    bootstrap = writer.put_blob(packed, model.OCI_LAYER_GZIP)
+    bootstrap = put_bootstrap(writer, packed, readers)
     where = f"{source}: config"
     layers = [
         Descriptor(
@@ -242,6 +265,7 @@ def _assemble(
             annotations={
                 model.NYDUS_BLOB_ANNOTATION: "true",
                 **({model.NYDUS_REF: blob.reference} if blob.reference else {}),
+                **({model.NYDUS_ENCRYPTED_BLOB: "true"} if readers else {}),
             },
         )
         for blob in blobs
@@ -253,7 +277,8 @@ def _assemble(
         for digest in used:
             if digest not in own and not dictionary.layer_of(digest) and not blobs_sink.has_blob(digest):
                 raise ConfigError(f"{dictionary.place}: its blob {digest} is not in {backend}")
-        shared = [layer for layer in map(dictionary.layer_of, used) if layer and layer.digest not in own]
+        wanted = [layer.digest for layer in map(dictionary.layer_of, used) if layer]
+        shared = [layer for layer in dictionary.blobs if layer.digest in wanted and layer.digest not in own]
         link_from = "" if backend else linkable_repository(dictionary.place, target)
         dictionary.copy_to(blobs_sink, link_from, Silent(), shared)
         layers += shared

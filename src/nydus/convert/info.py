@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.select import Image
 from nydus.oci import model
+from nydus.oci.encryption import ENCRYPTED
 from nydus.oci.place import Source
+
+if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
 
 
 @dataclass(slots=True)
@@ -20,6 +25,7 @@ class Info:
             are elsewhere).
         size: bytes of all layers and the config; ``data`` of the layers with file data.
         layers: what the manifest lists.
+        encrypted: the bootstrap is; without a key nothing is known of what is in it.
         fs_version, entries, files, file_size, chunks, chunk_size, compressor: of a Nydus image's bootstrap;
             ``file_size`` is what the files hold together, ``shared_size`` how much of it is stored only once
             although it occurs several times.
@@ -32,6 +38,7 @@ class Info:
     kind: str
     size: int
     layers: list[dict[str, Any]]
+    encrypted: bool = False
     data: int = 0
     fs_version: int = 0
     entries: int = 0
@@ -48,7 +55,7 @@ class Info:
     builder: str = ""
 
 
-def describe(found: Image, reader: Source, reference: str) -> Info:
+def describe(found: Image, reader: Source, reference: str, keys: Sequence[JWK] = ()) -> Info:
     """Looks at one image; of a Nydus image reads the bootstrap, never a blob.
 
     Raises:
@@ -65,8 +72,9 @@ def describe(found: Image, reader: Source, reference: str) -> Info:
     info.source_reference = annotations.get(model.NYDUS_SOURCE_REFERENCE, "")
     info.source_digest = annotations.get(model.NYDUS_SOURCE_DIGEST, "")
     info.builder = annotations.get(model.NYDUS_BUILDER_VERSION, "")
-    if found.is_nydus:
-        _read_bootstrap(info, found, reader)
+    info.encrypted = manifest.layers[-1].media_type.endswith(ENCRYPTED) if manifest.layers else False
+    if found.is_nydus and (keys or not info.encrypted):
+        _read_bootstrap(info, found, reader, keys)
     return info
 
 
@@ -87,13 +95,13 @@ def _role(layer: model.Descriptor) -> str:
     return "blob" if model.NYDUS_BLOB_ANNOTATION in layer.annotations else "layer"
 
 
-def _read_bootstrap(info: Info, found: Image, reader: Source) -> None:
+def _read_bootstrap(info: Info, found: Image, reader: Source, keys: Sequence[JWK]) -> None:
     import numpy as np
 
     from nydus import rafs
 
     where = f"{info.reference}: bootstrap layer"
-    files, _ = read_bootstrap_layer(reader, found.manifest.layers[-1], where)
+    files, _ = read_bootstrap_layer(reader, found.manifest.layers[-1], where, keys)
     tree = rafs.read(files[BOOTSTRAP], f"{info.reference}: {BOOTSTRAP}")
     nodes = tree.nodes
     owners = nodes[nodes["link"] == np.arange(len(nodes))]

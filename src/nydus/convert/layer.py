@@ -43,7 +43,9 @@ def build_options(options: ConvertOptions, dictionary: Tree | None = None) -> Bu
         compression=_COMPRESSIONS[options.compressor],
         chunk_size=options.chunk_size,
         batch_size=options.batch_size,
-        inline_meta=True,
+        # The bootstrap in a blob would tell everybody its key.
+        inline_meta=not options.recipients,
+        encrypt=bool(options.recipients),
         toc=six,
         aligned=options.aligned_chunk,
         whiteout=Whiteout.NONE,
@@ -103,6 +105,8 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
                 counted.drain()
                 raise
             digest = f"sha256:{result.blob_digest}"
+            if job.options.recipients and result.blob:  # without a bootstrap it is named by its data
+                result.blob.id = result.blob_digest
             upload.commit(digest)
             counted.tell(final=True)
     finally:

@@ -24,6 +24,8 @@ from nydus.oci.place import Sink, Source, SourcePlace
 from nydus.storage.backend import MeteredBackend
 
 if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
+
     from nydus.rafs.model import Tree
 
 #: Of the bootstrap layer: id of the blob with what is read first; digests of the blobs that commits added.
@@ -127,23 +129,34 @@ class Opened:
         return copy_blobs(self.source, writer, list(found.values()), link_from, progress)
 
 
-def open_nydus(place: SourcePlace, platform: Platform | None = None, *, exact: bool = True) -> Opened:
+def open_nydus(
+    place: SourcePlace,
+    platform: Platform | None = None,
+    *,
+    exact: bool = True,
+    keys: Sequence[JWK] = (),
+) -> Opened:
     """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
 
     Args:
         platform: None is this machine's where there is a choice.
         exact: a single manifest must be for that platform, too.
+        keys: private keys, for an encrypted image.
 
     Raises:
         ConfigError: it is not a Nydus image, or there is none for the platform.
         FormatError: a document or the bootstrap is damaged.
         BackendError: it cannot be read.
     """
-    return open_each(place, [platform] if platform else (), exact=exact)[0]
+    return open_each(place, [platform] if platform else (), exact=exact, keys=keys)[0]
 
 
 def open_each(
-    place: SourcePlace, platforms: Sequence[Platform] | None, *, exact: bool = True
+    place: SourcePlace,
+    platforms: Sequence[Platform] | None,
+    *,
+    exact: bool = True,
+    keys: Sequence[JWK] = (),
 ) -> list[Opened]:
     """The same for several platforms, or with None for all that there are."""
     source = place.open()
@@ -151,14 +164,14 @@ def open_each(
     found = [image for image in images if image.is_nydus]
     if not found:
         raise ConfigError(f"{place}: is not a Nydus image; convert it first")
-    return [_open(place, source, image) for image in found]
+    return [_open(place, source, image, keys) for image in found]
 
 
-def _open(place: SourcePlace, source: Source, found: Image) -> Opened:
+def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[JWK]) -> Opened:
     from nydus import rafs
 
     layer = found.manifest.layers[-1]
-    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer")
+    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer", keys)
     diff_ids = found.config.rootfs.diff_ids
     if not diff_ids or diff_ids[-1] != diff_id:
         expected = diff_ids[-1] if diff_ids else "none"

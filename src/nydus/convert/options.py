@@ -25,6 +25,7 @@ class ConvertOptions:
         oci_ref: layers stay as they are; a Nydus blob holds only the tables that say where their files lie.
         merge_platform: the target is an index of the source image and the Nydus image.
         with_referrer: the source manifest is the subject of the Nydus manifest.
+        recipients: who may read the image, as :func:`nydus.oci.encryption.recipients` takes them; () is all.
         record: folder that remembers converted layers (see :mod:`nydus.convert.reuse`); None for none.
         workers: processes that convert layers; 0 is one for each processor.
         attempts: how often a layer is tried when the network fails.
@@ -41,6 +42,7 @@ class ConvertOptions:
     oci_ref: bool = False
     merge_platform: bool = False
     with_referrer: bool = False
+    recipients: tuple[str, ...] = ()
     record: Path | None = None
     workers: int = 0
     attempts: int = 3
@@ -53,6 +55,8 @@ class ConvertOptions:
             raise ConfigError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
         if self.oci_ref and (self.fs_version != 6 or self.batch_size or self.aligned_chunk):
             raise ConfigError("oci-ref needs fs-version 6, and cannot batch or align chunks")
+        if self.recipients and (self.fs_version != 6 or self.oci_ref or self.merge_platform):
+            raise ConfigError("encrypted images need fs-version 6, and cannot be oci-ref or merge-platform")
         size = self.chunk_size
         if size & (size - 1) or not 1 << 12 <= size <= 1 << 24:
             raise ConfigError(f"chunk-size must be a power of two from 0x1000 to 0x1000000, not {size:#x}")

@@ -29,6 +29,8 @@ from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
 
 if TYPE_CHECKING:
+    from jwcrypto.jwk import JWK
+
     from nydus.rafs.model import Tree
     from nydus.storage.backend import Backend
 
@@ -71,14 +73,17 @@ def reverse(
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
     backend: Backend | None = None,
+    keys: Sequence[JWK] = (),
 ) -> Result:
     """Converts a Nydus image to an OCI image: every blob becomes a gzip layer again.
 
     Layer digests are not those of the first source, the contents are. An ``oci-ref`` image still has its
     layers; they are used as they are. Where blobs are not layers (in a storage backend nobody knows their
-    order), the whole file system becomes one layer.
+    order, and in an encrypted image the blobs do not tell what is in them), the whole file system becomes one
+    layer.
 
     Args:
+        keys: private keys, for an encrypted image.
         backend: where blobs are that the image does not list. Stays the caller's to close.
 
     Raises:
@@ -93,7 +98,7 @@ def reverse(
     halves = [found for found in images if found.is_nydus]
     if not halves:
         raise ConfigError(f"{source}: is not a Nydus image")
-    plans = [_plan(found, reader, str(source), backend) for found in halves]
+    plans = [_plan(found, reader, str(source), backend, keys) for found in halves]
     link_from = linkable_repository(source, target)
     blobs = backend or SourceBackend(reader)
     work = _Work(reader, target.open_sink(), blobs, link_from, options, progress)
@@ -139,17 +144,19 @@ def reverse(
     )
 
 
-def _plan(found: Image, reader: Source, where: str, backend: Backend | None) -> _Plan:
+def _plan(found: Image, reader: Source, where: str, backend: Backend | None, keys: Sequence[JWK]) -> _Plan:
     from nydus import rafs
     from nydus.build.merge import overlay
 
     *blobs, last = found.manifest.layers
-    files, _ = read_bootstrap_layer(reader, last, f"{where}: bootstrap layer")
+    files, _ = read_bootstrap_layer(reader, last, f"{where}: bootstrap layer", keys)
     tree = rafs.read(files[BOOTSTRAP], f"{where}: {BOOTSTRAP}")
     if tree.blobs and not blobs and backend is None:
         raise ConfigError(f"{where}: its blobs are in a storage backend; say which with --backend-type")
     if any(model.NYDUS_REF in layer.annotations for layer in blobs):
         return _Plan(found, tree, list(blobs))
+    if any(model.NYDUS_ENCRYPTED_BLOB in layer.annotations for layer in blobs):
+        return _Plan(found, tree, [None])  # the blobs do not tell what is in them
     copies = last.annotations.get(PREFETCH_BLOB, "")
     layers = [layer for layer in blobs if layer.digest.partition(":")[2] != copies]
     trees = [

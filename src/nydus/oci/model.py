@@ -31,6 +31,7 @@ INDEX_TYPES = frozenset({OCI_INDEX, DOCKER_INDEX})
 
 #: Annotations of layers and manifests (oci-image facts: a prefix of containerd, so that they become labels).
 _PREFIX = "containerd.io/snapshot/nydus-"
+NYDUS_ENCRYPTED_BLOB = "containerd.io/snapshot/nydus-encrypted-blob"
 NYDUS_BLOB_ANNOTATION = _PREFIX + "blob"
 NYDUS_BOOTSTRAP = _PREFIX + "bootstrap"
 NYDUS_FS_VERSION = _PREFIX + "fs-version"

@@ -1,0 +1,169 @@
+"""Images that only some may read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from documents import load
+from faulty import FaultyRegistry
+from nydusify_command import Nydusify, one_fatal_line
+
+from nydus.oci import encryption, model
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+
+pytestmark = pytest.mark.vectors
+
+
+def keys(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Names -> (private key, public key)."""
+    made = {}
+    for name, kind in (
+        ("rsa", ["RSA"]),
+        ("ec", ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]),
+        ("other", ["RSA"]),
+    ):
+        private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+        subprocess.run(["openssl", "genpkey", "-quiet", "-algorithm", *kind, "-out", private], check=True)
+        subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
+        made[name] = (private, public)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    return keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def image(nydusify: Nydusify, source: str, pairs: dict[str, tuple[Path, Path]]) -> str:
+    recipients = ",".join(f"jwe:{pairs[name][1]}" for name in ("rsa", "ec"))
+    target = f"{source}-secret"
+    done = nydusify(
+        *("convert", "--source", source, "--target", target, "--plain-http"),
+        *("--encrypt-recipients", recipients),
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_its_documents(server: FaultyRegistry, image: str) -> None:
+    manifest = load(RegistryPlace(parse(image), plain_http=True).open(), parse(image).tag)
+    *blobs, last = manifest["layers"]
+    assert all(blob["annotations"]["containerd.io/snapshot/nydus-encrypted-blob"] == "true" for blob in blobs)
+    assert last["mediaType"] == "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+    assert {"org.opencontainers.image.enc.keys.jwe", "org.opencontainers.image.enc.pubopts"} <= set(
+        last["annotations"]
+    )
+    assert last["annotations"][model.NYDUS_BOOTSTRAP] == "true"
+    assert manifest["config"]["content"]["rootfs"]["diff_ids"][:-1] == [blob["digest"] for blob in blobs]
+    stored = b"".join(path.read_bytes() for path in server.store.blobs.iterdir())
+    assert b"image.boot" not in stored, "a bootstrap in a blob would have its key"
+
+
+@pytest.mark.parametrize("name", ["rsa", "ec"])
+def test_a_recipient_can_use_it(
+    nydusify: Nydusify, source: str, image: str, pairs: dict[str, tuple[Path, Path]], name: str
+) -> None:
+    key = ("--decryption-key", str(pairs[name][0]))
+    common = ("--source", source, "--plain-http", *key)
+    done = nydusify("check", "--target", image, "--no-mount", *common)
+    assert done.returncode == 0 and "the same as" in done.stderr, done.stderr
+    found = json.loads(nydusify("info", image, "--plain-http", "--json", *key).stdout)
+    assert found["encrypted"] and found["files"] > 0
+    back = f"{source}-back"
+    done = nydusify("convert", "--reverse", "--source", image, "--target", back, "--plain-http", *key)
+    assert done.returncode == 0, done.stderr
+    plain = f"{source}-plain"
+    assert nydusify("convert", "--source", source, "--target", plain, "--plain-http").returncode == 0
+    done = nydusify("check", "--source", back, "--target", plain, "--plain-http", "--no-mount")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.root
+def test_it_can_be_mounted(
+    nydusify: Nydusify, source: str, image: str, pairs: dict[str, tuple[Path, Path]]
+) -> None:
+    key = ("--decryption-key", str(pairs["rsa"][0]))
+    done = nydusify("check", "--source", source, "--target", image, "--plain-http", *key)
+    assert done.returncode == 0 and "the same as" in done.stderr, done.stderr
+
+
+def test_others_cannot_use_it(
+    nydusify: Nydusify, source: str, image: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    (tmp_path / "files").write_text("/\n")
+    files = ("--prefetch-files", str(tmp_path / "files"))
+    for arguments in (
+        ("check", "--target", image),
+        ("convert", "--reverse", "--source", image, "--target", f"{source}-back"),
+        ("optimize", "--source", image, "--target", f"{source}-o", *files),
+        ("chunkdict", "generate", "--sources", f"{image},{image}"),
+    ):
+        assert "is encrypted, and no private key was given" in one_fatal_line(nydusify(*arguments, "--plain-http"))
+    other = ("--decryption-key", str(pairs["other"][0]))
+    message = one_fatal_line(nydusify("check", "--target", image, "--plain-http", *other))
+    assert "is encrypted, and none of the 1 keys given fits" in message
+    public = ("--decryption-key", str(pairs["rsa"][1]))
+    assert "is a public key" in one_fatal_line(nydusify("check", "--target", image, "--plain-http", *public))
+    done = nydusify("info", image, "--plain-http")
+    assert done.returncode == 0 and "encrypted; --decryption-key shows" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipient", "words"),
+    [("pgp:x@y", "'pgp' cannot be used"), ("key.pem", "is not jwe:<file>"), ("jwe:none", "No such file")],
+)
+def test_wrong_recipients(nydusify: Nydusify, source: str, recipient: str, words: str) -> None:
+    options = ("--source", source, "--target-suffix=-n", "--plain-http", "--encrypt-recipients", recipient)
+    assert words in one_fatal_line(nydusify("convert", *options))
+
+
+def test_a_changed_layer_is_noticed(pairs: dict[str, tuple[Path, Path]]) -> None:
+    from nydus.errors import FormatError
+
+    key = encryption.private_keys([str(pairs["rsa"][0])])
+    stored, annotations = encryption.encrypt(b"data" * 100, encryption.recipients([f"jwe:{pairs['rsa'][1]}"]))
+    assert encryption.decrypt(stored, annotations, key, "x") == b"data" * 100
+    with pytest.raises(FormatError, match="wrong HMAC"):
+        encryption.decrypt(b"\0" + stored[1:], annotations, key, "x")
+    for name in annotations:
+        with pytest.raises(FormatError, match=r"not base64|is wrong"):
+            encryption.decrypt(stored, {**annotations, name: "?"}, key, "x")
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
+@pytest.mark.parametrize("names", [["rsa"], ["ec"], ["rsa", "ec"]])
+def test_skopeo_understands_it(
+    nydusify: Nydusify, source: str, pairs: dict[str, tuple[Path, Path]], names: list[str], tmp_path: Path
+) -> None:
+    """What it encrypted we can decrypt, and what we encrypted it can."""
+    layout = tmp_path / "layout"
+    run = ["skopeo", "copy", "-q", "--src-tls-verify=false"]
+    plain = f"{source}-plain"
+    assert nydusify("convert", "--source", source, "--target", plain, "--plain-http").returncode == 0
+    subprocess.run(
+        [*run, *(f"--encryption-key=jwe:{pairs[name][1]}" for name in names), "--encrypt-layer=-1",
+         f"docker://{plain}", f"oci:{layout}:x"], check=True,
+    )  # fmt: skip
+    for name in names:
+        key = ("--decryption-key", str(pairs[name][0]))
+        done = nydusify("check", "--target-archive", str(layout), "--no-mount", *key)
+        assert done.returncode == 0, done.stderr
+    recipients = [option for name in names for option in ("--encrypt-recipients", f"jwe:{pairs[name][1]}")]
+    secret = f"{source}-secret"
+    done = nydusify("convert", "--source", source, "--target", secret, "--plain-http", *recipients)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        back = tmp_path / name
+        subprocess.run(
+            [*run, f"--decryption-key={pairs[name][0]}", f"docker://{secret}", f"oci:{back}:x"], check=True
+        )
+        done = nydusify(
+            "check", "--target-archive", str(back), "--source", source, "--plain-http", "--no-mount"
+        )
+        assert done.returncode == 0, done.stderr
