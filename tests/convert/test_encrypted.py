@@ -104,7 +104,9 @@ def test_others_cannot_use_it(
         ("optimize", "--source", image, "--target", f"{source}-o", *files),
         ("chunkdict", "generate", "--sources", f"{image},{image}"),
     ):
-        assert "is encrypted, and no private key was given" in one_fatal_line(nydusify(*arguments, "--plain-http"))
+        assert "is encrypted, and no private key was given" in one_fatal_line(
+            nydusify(*arguments, "--plain-http")
+        )
     other = ("--decryption-key", str(pairs["other"][0]))
     message = one_fatal_line(nydusify("check", "--target", image, "--plain-http", *other))
     assert "is encrypted, and none of the 1 keys given fits" in message
