@@ -40,13 +40,14 @@ class SectionWriter:
     def meta(self, chunks: ChunkMap) -> None:
         """Write the chunk table; fills in the ``meta_*`` fields of its blob."""
         info, offset = chunks.blob, self._out.size
-        stored = blobmeta.write(chunks, offset)
-        section, header = blobmeta.encode(chunks)
-        self._out.write(stored)
-        self._header(toc.BLOB_META, len(stored))
+        section = blobmeta.store(chunks, offset)
+        self._out.write(section.stored)
+        self._header(toc.BLOB_META, len(section.stored))
         size = info.meta_compressed_size
-        self._entry(toc.BLOB_META, info.meta_compression, section, offset, size)
-        self._entry(toc.BLOB_META_HEADER, Compression.NONE, header, offset + size, len(header))
+        self._entry(toc.BLOB_META, info.meta_compression, section.plain, offset, size)
+        self._entry(
+            toc.BLOB_META_HEADER, Compression.NONE, section.header, offset + size, len(section.header)
+        )
 
     def digests(self, chunks: ChunkMap) -> None:
         """Write the digest of each chunk; they do not count for the name of the blob (rafs.md 3.7)."""

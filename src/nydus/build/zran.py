@@ -137,7 +137,8 @@ class _Index:
         self._known: dict[bytes, int] = {}
         self._references = array("q")
         self._contexts: list[list[int]] = []
-        self._dictionaries = bytearray()
+        self._dictionaries: list[bytes] = []
+        self._dictionary_bytes = 0
         self._member = -1
 
     def __enter__(self) -> _Index:
@@ -199,7 +200,7 @@ class _Index:
             [
                 boundary.in_offset,
                 boundary.out_offset,
-                len(self._dictionaries),
+                self._dictionary_bytes,
                 0,
                 0,
                 len(dictionary),
@@ -207,7 +208,8 @@ class _Index:
                 boundary.bits,
             ]
         )
-        self._dictionaries += dictionary
+        self._dictionaries.append(dictionary)
+        self._dictionary_bytes += len(dictionary)
         self._member = boundary.member
 
     def _digest(self) -> None:
@@ -274,7 +276,7 @@ class _Index:
             context_offset=self._column(self._inside).astype(np.uint32),
             digests=np.frombuffer(bytes(self._digests), np.uint8).reshape(-1, 32),
             zran=contexts,
-            dictionaries=bytes(self._dictionaries),
+            dictionaries=b"".join(self._dictionaries),
         )
 
 

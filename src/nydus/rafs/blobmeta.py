@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -238,15 +239,23 @@ def to_cache_file(chunks: ChunkMap) -> bytes:
 
 def encode(chunks: ChunkMap) -> tuple[bytes, bytes]:
     """The plain section and its header, from the columns and the ``meta_*`` fields of ``chunks.blob``."""
+    section = _section(chunks)
+    return section, _header(chunks, len(section))
+
+
+def _section(chunks: ChunkMap) -> bytes:
+    features = chunks.blob.features
+    parts = [(_encode_v2 if features & _V2 else _encode_v1)(chunks)]
+    if features & BlobFeature.BATCH:
+        parts.append(chunks.batch.tobytes())
+    elif features & BlobFeature.ZRAN:
+        parts += [chunks.zran.tobytes(), chunks.dictionaries]
+    return b"".join(parts)
+
+
+def _header(chunks: ChunkMap, size: int) -> bytes:
+    """The header of a section of ``size`` bytes."""
     blob = chunks.blob
-    v2 = bool(blob.features & _V2)
-    array = (_encode_v2 if v2 else _encode_v1)(chunks)
-    contexts = b""
-    count = 0
-    if blob.features & BlobFeature.BATCH:
-        contexts, count = chunks.batch.tobytes(), len(chunks.batch)
-    elif blob.features & BlobFeature.ZRAN:
-        contexts, count = chunks.zran.tobytes() + chunks.dictionaries, len(chunks.zran)
     header = np.zeros(1, _HEADER)
     header["magic"] = header["magic2"] = MAGIC
     header["features"] = int(blob.features)
@@ -254,40 +263,53 @@ def encode(chunks: ChunkMap) -> tuple[bytes, bytes]:
     header["entries"] = len(chunks)
     header["offset"] = blob.meta_offset
     header["compressed_size"] = blob.meta_compressed_size
-    header["size"] = len(array) + len(contexts)
-    if contexts:
-        header["context_offset"] = len(array)
-        header["context_size"] = len(contexts)
-        header["context_entries"] = count
-    return array + contexts, header.tobytes()
+    header["size"] = size
+    records = len(chunks) * (24 if blob.features & _V2 else 16)
+    if size > records:
+        header["context_offset"] = records
+        header["context_size"] = size - records
+        header["context_entries"] = len(chunks.batch if blob.features & BlobFeature.BATCH else chunks.zran)
+    return header.tobytes()
+
+
+class Section(NamedTuple):
+    """A chunk table as it is in a blob: its plain bytes, its plain header, and both as they are stored."""
+
+    plain: bytes
+    header: bytes
+    stored: bytes
 
 
 def write(chunks: ChunkMap, offset: int) -> bytes:
-    """The stored section and header of a blob, to be placed at ``offset``.
+    """The stored section and header of a blob; as :func:`store`."""
+    return store(chunks, offset).stored
+
+
+def store(chunks: ChunkMap, offset: int) -> Section:
+    """The section and header of a blob, to be placed at ``offset``.
 
     Sets ``chunk_count``, ``meta_compression`` and the other ``meta_*`` fields of ``chunks.blob``; compresses
     with the blob's algorithm (zstd where chunks are read out of a gzip layer) and encrypts with its key.
-    Empty for a blob without chunks.
+    Nothing is stored for a blob without chunks.
     """
     blob = chunks.blob
     blob.chunk_count = len(chunks)
     reference = bool(blob.features & BlobFeature.SEPARATE)
     blob.meta_compression = Compression.ZSTD if reference else blob.compression
     blob.meta_offset = blob.meta_compressed_size = blob.meta_uncompressed_size = 0
+    plain = _section(chunks)
     if not len(chunks):
-        return b""
-    section, _ = encode(chunks)
-    stored = codec.compress(blob.meta_compression, section)
-    if len(stored) >= len(section):
-        stored, blob.meta_compression = section, Compression.NONE
+        return Section(plain, _header(chunks, len(plain)), b"")
+    stored = codec.compress(blob.meta_compression, plain)
+    if len(stored) >= len(plain):
+        stored, blob.meta_compression = plain, Compression.NONE
     if blob.cipher:
         stored = codec.xts_encrypt(blob.key, blob.iv, stored)
     blob.meta_offset = offset
-    blob.meta_compressed_size, blob.meta_uncompressed_size = len(stored), len(section)
-    _, header = encode(chunks)
-    if blob.cipher:
-        header = codec.xts_encrypt(blob.key, blob.iv, header)
-    return stored + header
+    blob.meta_compressed_size, blob.meta_uncompressed_size = len(stored), len(plain)
+    header = _header(chunks, len(plain))
+    stored_header = codec.xts_encrypt(blob.key, blob.iv, header) if blob.cipher else header
+    return Section(plain, header, stored + stored_header)
 
 
 def from_tree(tree: Tree, blob_index: int) -> ChunkMap:
