@@ -232,7 +232,9 @@ def _create(
     given: dict[str, Any], options: BuildOptions, prefetch: list[bytes], trace: image_options.Trace
 ) -> None:
     from nydus.build.output import Output, write_file
+    from nydus.build.stream import keep_memory
 
+    keep_memory()
     with ExitStack() as stack:
         blob: Output | None = None
         if given["blob"]:
