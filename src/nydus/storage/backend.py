@@ -14,6 +14,8 @@ from nydus.errors import BackendError
 _SIZES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
 #: Reads of fewer bytes say nothing of the speed of a link.
 _MEASURED = 64 << 10
+#: How long a read may take longer for bytes that nobody has asked for, in seconds.
+_MAX_SPARE = 0.02
 _LATENCIES = (1, 20, 50, 100, 500, 1000, 2000)
 
 
@@ -54,6 +56,13 @@ class BackendMetrics:
     def bytes_in(self, seconds: float) -> int:
         """How many bytes arrive in this time, latency apart, going by recent reads."""
         return int(seconds / max(self._seconds_per_byte, 1e-12))
+
+    def spare_bytes(self) -> int:
+        """How many bytes a read may bring that nobody has asked for, going by recent reads.
+
+        They take half as long as another request for them would, as half of them or more are never wanted.
+        """
+        return self.bytes_in(min(self._latency / 2, _MAX_SPARE))
 
     def json(self) -> dict[str, Any]:
         with self._lock:

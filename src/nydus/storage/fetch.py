@@ -22,8 +22,6 @@ Buffer = bytes | memoryview
 _PARALLEL = 4
 #: Stored bytes of a request of several units that were all asked for, at least.
 _MIN_REQUEST = 128 << 10
-#: How long a request may take longer for neighbours nobody has asked for, in seconds.
-_EXTRA = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +67,9 @@ class Fetcher:
         missing: whether a chunk is not in the cache.
         spare: whether a chunk may be fetched though nobody asks for it now.
         place: puts verified chunks into the cache; they are no longer missing then. Must not raise.
-        amplify: a request is extended with following spare chunks up to this many stored bytes. On a slow
-            link readers that jump about get less: what is only taken along should not cost them more than
-            20 ms. Those that go on where the last request ended get twice as much each time.
+        amplify: a request is extended with following spare chunks up to this many stored bytes. Readers that
+            jump about get less: no more than what is worth a request of its own on this link. Those that go
+            on where the last request ended get twice as much each time.
     """
 
     def __init__(
@@ -182,9 +180,8 @@ class Fetcher:
         first, last = flight.units[0], flight.units[-1]
         start = int(decoder.offset[first])
         end = int(decoder.offset[last]) + int(decoder.size[last])
-        self._window = 2 * self._window if first == self._next else 0
-        fast = max(self._backend.metrics.bytes_in(_EXTRA), _MIN_REQUEST)
-        limit = min(self._amplify, max(self._window, fast))
+        grown = 2 * self._window if first == self._next else 0
+        limit = min(self._amplify, max(end - start + self._backend.metrics.spare_bytes(), grown))
         self._window = limit
         self._next = last + 1
         memory = int(decoder.memory[flight.units].sum())
