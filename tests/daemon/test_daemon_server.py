@@ -14,11 +14,12 @@ import pytest
 from nydus.daemon import api, server
 from nydus.daemon.devices import Devices
 from nydus.daemon.http import Request
+from nydus.daemon.instance import Instance
 from nydus.daemon.options import Options
-from nydus.daemon.server import RUNNING, Daemon, Instance
+from nydus.daemon.server import RUNNING, Daemon
 from nydus.daemon.state import InstanceState, State
 from nydus.errors import NydusError
-from nydus.mount import table
+from nydus.mount import erofs, table
 
 
 def instance(number: int, path: Path) -> Instance:
@@ -49,7 +50,7 @@ def test_the_end_waits_for_a_mount_that_is_being_made(
     daemon = Daemon(Options(tmp_path))
     daemon.state = RUNNING
     unmounted: list[str] = []
-    monkeypatch.setattr(server.erofs, "umount", unmounted.append)
+    monkeypatch.setattr(erofs, "umount", unmounted.append)
 
     def mount() -> None:
         with daemon._claim("/1"):

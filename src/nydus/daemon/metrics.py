@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nydus.daemon.server import Daemon, Instance
+from nydus.daemon.instance import Instance
+from nydus.daemon.server import Daemon
 from nydus.mount.blobfs import Counters
 
 _READ = 4  # in the reference's list of operations

@@ -5,32 +5,23 @@ One :class:`Daemon` lives in each worker process. It knows nothing of HTTP and n
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from nydus.daemon import config as configs
 from nydus.daemon.devices import Devices, Owner
 from nydus.daemon.image import Image, Pool
+from nydus.daemon.instance import Instance
 from nydus.daemon.options import Options
-from nydus.daemon.prefetch import ImagePrefetch
 from nydus.daemon.state import FileState, InstanceState, State
 from nydus.daemon.verify import verify
 from nydus.errors import MountError, NydusError
-from nydus.mount import erofs, probe, syscalls, table
-
-if TYPE_CHECKING:
-    from nydus.mount.fuse import FuseMount
-    from nydus.storage.files import OpenFile
+from nydus.mount import probe, syscalls, table
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +40,6 @@ class NotFound(NydusError):
 
 class WrongState(NydusError):
     """The daemon is in another state than the request needs; the text is the name of the event."""
-
-
-@dataclass(slots=True)
-class Instance:
-    """One image that is mounted, being mounted, or unmounted but still open in the kernel."""
-
-    state: InstanceState
-    image: Image
-    mounting: bool = False
-    mount_id: int = 0
-    fuse: FuseMount | None = None
-    prefetch: ImagePrefetch | None = None
-
-    @property
-    def alive(self) -> bool:
-        return self.state.mounted or self.mounting
 
 
 class Daemon:
@@ -158,7 +133,7 @@ class Daemon:
                 except NydusError as error:
                     log.error("the image of %s cannot be opened again: %s", saved.mountpoint, error)
                     continue
-                self._instances[saved.number] = Instance(saved, image, mount_id=self._mount_id(saved))
+                self._instances[saved.number] = Instance.left(saved, image)
             if device is not None:
                 self.devices.adopt(device, -1 if mount is None else mount, state.files, self._owner)
             for instance in self._instances.values():
@@ -179,8 +154,8 @@ class Daemon:
         self._settle()
         for instance in self.instances().values():
             if instance.state.provider == "fuse":
-                self._remount_fuse(instance)
-            self._fetch_ahead(instance)
+                instance.remount_fuse()
+            instance.fetch_ahead()
             verify(instance.image)
         self._on_change()
 
@@ -198,7 +173,7 @@ class Daemon:
             if instance.prefetch is not None:
                 instance.prefetch.close()
             with suppress(NydusError, OSError):
-                self._detach(instance)
+                instance.detach()
         if self._shared:
             with suppress(OSError):
                 syscalls.detach(self.options.mountpoint)
@@ -244,7 +219,7 @@ class Daemon:
                 image.close()
                 self._remove_directories(mountpoint)
                 raise
-        self._fetch_ahead(instance)
+        instance.fetch_ahead()
         verify(image)
         state = instance.state
         log.info("mounted %s at %s by %s (%s)", source, state.path, state.provider, state.reason)
@@ -253,7 +228,7 @@ class Daemon:
         mountpoint = normal(mountpoint)
         with self._claim(mountpoint):
             instance = self.instance(mountpoint)
-            self._detach(instance)
+            instance.detach()
             self._gone(instance)
             self._remove_directories(mountpoint)
         log.info("unmounted %s", instance.state.path)
@@ -429,24 +404,14 @@ class Daemon:
             raise NydusError(f"{image.work_dir}: cannot use the cache directory: {error.strerror}") from error
 
     def _attach(self, instance: Instance) -> None:
-        state, image = instance.state, instance.image
-        if state.provider == "fuse":
-            self._mount_fuse(instance)
+        if instance.state.provider == "fuse":
+            instance.mount_fuse()
             return
-        paths: list[Path | str] = []
-        plain: list[OpenFile] = []  # open until the kernel has opened them, too
-        for blob in range(len(image.blobs)):
-            if found := self._plain_file(image, blob):
-                plain.append(found)
-                paths.append(f"/proc/self/fd/{found.fd}")
-            else:
-                file = self.devices.get(image, blob, state.number)
-                state.nodes.append(file.node)
-                paths.append(self.devices.path(file))
+        sources = instance.sources(self.devices)
         # A successor must be able to answer for these files while the kernel opens them.
         self.report()
         with self._in_mount():
-            instance.mount_id = self.devices.waiting_for_it(lambda: self._mount_erofs(instance, paths))
+            self.devices.waiting_for_it(lambda: instance.mount_erofs(sources))
 
     @contextmanager
     def _in_mount(self) -> Iterator[None]:
@@ -460,49 +425,6 @@ class Daemon:
                 self._mounting -= 1
                 self._tell_busy(self._mounting > 0)
 
-    def _mount_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
-        """Returns the id of the mount."""
-        mount = self._open_erofs(instance, devices)
-        try:
-            syscalls.attach(mount, instance.state.path)
-            return table.id_of(mount)
-        except OSError as error:
-            raise MountError(f"{instance.state.path}: cannot mount here: {error.strerror}") from error
-        finally:
-            os.close(mount)
-
-    def _open_erofs(self, instance: Instance, devices: list[Path | str]) -> int:
-        bootstrap = instance.image.metadata.path
-        try:
-            return erofs.open_detached(bootstrap, devices)
-        except MountError as error:
-            cause = error.__cause__
-            if not (isinstance(cause, OSError) and cause.errno == errno.ENOTBLK):
-                raise
-        # It lies on tmpfs or the like; the probe has shown that the cache directory does not.
-        with tempfile.TemporaryFile(dir=instance.image.work_dir) as copy, bootstrap.open("rb") as file:
-            shutil.copyfileobj(file, copy, 1 << 20)
-            copy.flush()
-            return erofs.open_detached(f"/proc/thread-self/fd/{copy.fileno()}", devices)
-
-    def _plain_file(self, image: Image, blob: int) -> OpenFile | None:
-        """The blob's own file if every byte of it is there and verified."""
-        cache = image.open_cache(blob)
-        try:
-            file = cache.verified_file()
-            return file if file and file.size() >= image.blobs[blob].uncompressed_size else None
-        except (NydusError, OSError) as error:
-            log.debug("cache of blob %s: %s", image.blobs[blob].id, error)
-            return None
-        finally:
-            image.release_cache(blob)
-
-    def _detach(self, instance: Instance) -> None:
-        if instance.fuse is not None:
-            instance.fuse.close()
-        else:
-            erofs.umount(instance.state.path)
-
     def _gone(self, instance: Instance) -> None:
         """After an unmount, by whomever."""
         with self._lock:
@@ -510,9 +432,7 @@ class Daemon:
                 return
             instance.state.mounted = False
             self._runtime.pop(instance.state.mountpoint, None)
-        if instance.prefetch is not None:
-            instance.prefetch.close()
-        instance.image.close()
+        instance.close()
         self._on_change()
 
     def _remove_directories(self, mountpoint: str) -> None:
@@ -527,14 +447,6 @@ class Daemon:
             except OSError:
                 return
             path = path.parent
-
-    @staticmethod
-    def _fetch_ahead(instance: Instance) -> None:
-        if instance.image.config.fs_prefetch.enable:
-            try:
-                instance.prefetch = ImagePrefetch(instance.image, instance.state.prefetch_files)
-            except (NydusError, RuntimeError) as error:  # the latter where there are no more threads
-                log.warning("nothing is fetched ahead of %s: %s", instance.image.bootstrap, error)
 
     def _apply(self, mountpoint: str, values: dict[str, str]) -> None:
         instance = self.instances().get(mountpoint)
@@ -559,42 +471,6 @@ class Daemon:
                 ):
                     syscalls.detach(state.path)
                 self._remove_directories(state.mountpoint)
-
-    @staticmethod
-    def _mount_id(saved: InstanceState) -> int:
-        found = table.at(saved.path) if saved.mounted and saved.provider != "fuse" else None
-        return found.id if found else 0
-
-    # The fuse provider
-
-    def _mount_fuse(self, instance: Instance) -> None:
-        from nydus.mount.fuse import FuseMount, TreeOperations
-
-        image = instance.image
-        caches = [image.open_cache(blob) for blob in range(len(image.blobs))]
-        opened = list(range(len(caches)))
-
-        def release() -> None:  # at the end, or where there was no beginning
-            while opened:
-                image.release_cache(opened.pop())
-
-        try:
-            operations = TreeOperations(image.tree(), caches)
-            instance.fuse = FuseMount(operations, Path(instance.state.path), release)
-        except BaseException:
-            release()
-            raise
-        instance.mount_id = instance.fuse.mount_id
-
-    def _remount_fuse(self, instance: Instance) -> None:
-        """A library's FUSE connection cannot be taken over: the mount is replaced, open files are lost."""
-        from nydus.mount.fuse import unmount
-
-        unmount(Path(instance.state.path))
-        try:
-            self._mount_fuse(instance)
-        except (NydusError, OSError) as error:
-            log.error("mounting %s again: %s", instance.state.path, error)
 
 
 def _introduce(image: Image) -> None:
