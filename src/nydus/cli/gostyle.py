@@ -168,7 +168,7 @@ def byte_size(text: str) -> int:
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: an error is one fatal line on standard error and exit code 1."""
     log = Log()
-    end_in_order()
+    end_in_order(_cut_connections)
     try:
         code = command.main(prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -191,6 +191,11 @@ def run(command: click.Command, name: str) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+
+
+def _cut_connections() -> None:
+    if connections := sys.modules.get("nydus.oci.connections"):  # it takes its time to be imported
+        connections.interrupt()
 
 
 _log: list[Log] = []

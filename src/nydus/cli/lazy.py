@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -51,14 +52,17 @@ class Ended(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.text = f"ended by {signal.Signals(number).name}"
+        self.text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
 
 
-def end_in_order() -> None:
+def end_in_order(first: Callable[[], None] | None = None) -> None:
     """Has SIGTERM and SIGHUP end the program as Ctrl-C does: with what it began undone.
 
     Temporary files are removed, uploads abandoned, mounts and processes ended. A signal that is ignored
     (``nohup``) stays so.
+
+    Args:
+        first: called when a signal comes; with it, Ctrl-C is such a signal, too.
 
     Raises (later, in the main thread):
         Ended: a signal came.
@@ -67,9 +71,13 @@ def end_in_order() -> None:
     def end(number: int, _frame: object) -> None:
         for each in signals:  # ``timeout`` sends it twice, to us and to our group
             signal.signal(each, signal.SIG_IGN)
+        if first:
+            first()
         raise Ended(number)
 
     signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    if first and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signals.append(signal.SIGINT)
     for each in signals:
         signal.signal(each, end)
 

@@ -164,6 +164,8 @@ def _require_root() -> None:
 
 def _mounted(side: Side, folder: Path, work_dir: Path, nydusd: str) -> Listing:
     """The files of the target through a lazy mount."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from nydus.convert.documents import BOOTSTRAP
     from nydus.convert.listing import of_directory
     from nydus.convert.mounting import backend_of, mounted
@@ -179,5 +181,7 @@ def _mounted(side: Side, folder: Path, work_dir: Path, nydusd: str) -> Listing:
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     bootstrap = work_dir / side.name / "nydus_bootstrap" / BOOTSTRAP
-    with mounted(backend, bootstrap, mountpoint, folder / "nydusd", prefetch=True, nydusd=nydusd):
-        return of_directory(str(mountpoint))
+    # Nothing interrupts a read that waits for a daemon, but the end of the daemon.
+    with ThreadPoolExecutor(1, "walk") as pool:
+        with mounted(backend, bootstrap, mountpoint, folder / "nydusd", prefetch=True, nydusd=nydusd):
+            return pool.submit(of_directory, str(mountpoint)).result()

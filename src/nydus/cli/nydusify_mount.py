@@ -72,8 +72,6 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     files, _ = read_bootstrap_layer(reader, image.manifest.layers[-1], where, keys)
     work_dir, mountpoint = Path(values["work_dir"]), Path(values["mount_path"])
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
         made = [path for path in (work_dir, mountpoint) if not path.exists()]
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -94,6 +92,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
         with mounted(
             backend, bootstrap, mountpoint, folder / "fs", prefetch=values["prefetch"], nydusd=daemon
         ) as process:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
             log.result(
                 f"mounted at {mountpoint}; Ctrl-C unmounts it",
                 {"image": str(place), "mountpoint": str(mountpoint.absolute()), "pid": process.pid},

@@ -24,19 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from nydus.errors import NydusError
 from nydus.mount import syscalls
+from nydus.oci.connections import interrupt
 
 if TYPE_CHECKING:
     from nydus.convert.job import Converted, Job
 
 _FRAME = struct.Struct("<Q")
 _PATIENCE = 5.0
-#: Chunks pass through buffers of up to some MiB: glibc is to keep that memory instead of giving it back to
-#: the kernel after each, which has to clear it the next time. Nothing here computes with BLAS.
-_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 #: (index of the job, source bytes read, blob bytes built, blob bytes sent)
 OnProgress = Callable[[int, int, int, int], None]
@@ -61,7 +55,8 @@ class Workers:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # whatever prints must not disturb the output of the command
                 pass_fds=numbers,
-                env={**_ENVIRONMENT, **os.environ},
+                # numpy's BLAS, which nothing here uses, would start threads.
+                env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
             )
         except OSError as error:
             for ours, _ in pairs:
@@ -177,7 +172,9 @@ def main(numbers: Sequence[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us in order
     import nydus.convert.layer
     import nydus.oci.registry  # noqa: F401  the most usual source and target
+    from nydus.build.stream import keep_memory
 
+    keep_memory()
     # A worker lives for some layers; what is garbage in cycles until then is not worth a search.
     gc.disable()
     gc.freeze()
@@ -257,6 +254,7 @@ def _work(pipe: BufferedRWPair) -> None:
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    interrupt()
     # Where this interrupts a clean-up, Python prints it; the parent has said already what is wrong.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     raise SystemExit(1)

@@ -24,6 +24,7 @@ import urllib3
 from nydus.errors import BackendError
 from nydus.oci import model
 from nydus.oci.auth import Credentials
+from nydus.oci.connections import interrupted
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import DIGEST
 from nydus.oci.transport import REDIRECTS, Policy, Transport, content_length
@@ -503,7 +504,8 @@ class BlobStream(io.RawIOBase):
                 self._failures += 1
                 if error.permanent or self._failures >= transport.policy.attempts:
                     raise
-                time.sleep(transport.policy.pause * 2 ** (self._failures - 1))
+                if interrupted.wait(transport.policy.pause * 2 ** (self._failures - 1)):
+                    raise
         self._hash.update(piece)
         self._position += len(piece)
         if self._size is not None and self._position > self._size:

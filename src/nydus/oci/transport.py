@@ -27,6 +27,7 @@ from urllib3.exceptions import (
 from nydus import __version__
 from nydus.errors import BackendError
 from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenges
+from nydus.oci.connections import interrupted, watch
 
 T = TypeVar("T")
 Body = bytes | IO[bytes] | Iterable[bytes] | None
@@ -34,6 +35,8 @@ Body = bytes | IO[bytes] | Iterable[bytes] | None
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
 _ERROR_BODY = 64 << 10
+#: Seconds for what is still to be said by a command that was interrupted.
+_LAST_WAIT = 2.0
 _PIECE = 1 << 20
 _SIZE = re.compile(r"[0-9]{1,18}")
 _PORTS = {"http": 80, "https": 443}
@@ -102,7 +105,7 @@ class Transport:
         if skip_verify:
             options["assert_hostname"] = False
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # it was asked for
-        self._pool: urllib3.PoolManager = (
+        self._pool: urllib3.PoolManager = watch(
             _through(proxy, options) if proxy else urllib3.PoolManager(**options)  # type: ignore[arg-type]
         )
         self._authorizer = Authorizer(host, credentials, self._send_token_request, allow_http=plain_http)
@@ -160,6 +163,10 @@ class Transport:
             BackendError: there was no answer.
         """
         wait = read_timeout or self.policy.read_timeout
+        if interrupted.is_set():
+            if method != "DELETE":  # which tells a registry to forget an upload
+                raise BackendError(f"{self.host}: interrupted", permanent=True)
+            wait = _LAST_WAIT
         # urllib3 uses the connect timeout for sending the body too.
         timeout = urllib3.Timeout(connect=wait if streaming else self.policy.connect_timeout, read=wait)
         own = self._headers if self.at_home(url) else {}
@@ -255,13 +262,14 @@ class Transport:
             try:
                 return operation()
             except BackendError as error:
-                if error.permanent or tried == self.policy.attempts:
+                if error.permanent or tried == self.policy.attempts or interrupted.is_set():
                     raise
                 asked = error.retry_after if isinstance(error, _Busy) else 0.0
                 pause = asked or self.policy.pause * 2 ** (tried - 1) * random.uniform(0.75, 1.25)
                 if time.monotonic() + pause > deadline:
                     raise
-                time.sleep(pause)
+                if interrupted.wait(pause):
+                    raise
         raise AssertionError("unreachable")
 
     def read(self, response: urllib3.BaseHTTPResponse, size: int, deadline: float = float("inf")) -> bytes:

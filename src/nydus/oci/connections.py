@@ -1,0 +1,60 @@
+"""Connections that an interrupted command cuts: none of its threads is to wait for a registry that hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import weakref
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+#: The command is ending: what has not begun does not begin any more.
+interrupted = threading.Event()
+
+_open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_lock = threading.RLock()  # a signal may come to the thread that has it
+
+
+def interrupt() -> None:
+    """Wakes up all threads that wait for a registry, with an error; for signal handlers."""
+    interrupted.set()
+    with _lock:
+        for each in list(_open):
+            with contextlib.suppress(OSError):
+                # That of a TLS socket first forgets the TLS, and a thread about to send would do without.
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+
+def _note(connection: Any) -> None:
+    if connection.sock is not None:
+        with _lock:
+            _open.add(connection.sock)
+
+
+class _Plain(HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _note(self)
+
+
+class _Tls(HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _note(self)
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Tls
+
+
+def watch(manager: urllib3.PoolManager) -> urllib3.PoolManager:
+    """Has the connections of a pool manager cut by :func:`interrupt`."""
+    manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+    return manager
