@@ -304,6 +304,7 @@ def test_kills_during_mounts_leave_nothing_half_done(image: Image, tmp_path: Pat
                     call()
         stopping.set()
         killer.join()
+        daemon.client.wait("RUNNING")  # the last one killed may have taken a request with it
         for mountpoint in daemon.client.info()["backend_collection"]:
             assert (daemon.mountpoint / mountpoint[1:] / "d1").is_dir()
             daemon.client.umount(mountpoint)

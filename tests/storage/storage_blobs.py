@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from nydus.rafs import codec
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import BlobInfo, ChunkFlag, Compression, Digester
 from nydus.storage.backend import MeteredBackend
+from nydus.storage.cache import BlobCache
+
+SIZES = [4096, 100, 70000, 1 << 16, 5, 4097, 300000, 8192] * 6
 
 
 @dataclass
@@ -155,3 +159,19 @@ def link(bytes_per_second: float) -> Callable[[int, int, bytes], bytes]:
         return data
 
     return wait
+
+
+def cache_of(path: Path, blob: Blob, backend: FaultyBackend, **options: object) -> BlobCache:
+    return BlobCache(path, blob.info, blob.chunks, backend, **options)  # type: ignore[arg-type]
+
+
+def read(cache: BlobCache, offset: int, length: int) -> bytes:
+    return b"".join(cache.read(offset, length))
+
+
+def data_file(path: Path, blob: Blob) -> Path:
+    return path / f"{blob.info.id}.blob.data"
+
+
+def map_file(path: Path, blob: Blob) -> Path:
+    return path / f"{blob.info.id}.blob.data.chunk_map"

@@ -13,13 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from storage_blobs import Blob, FaultyBackend, broken, corrupted, link, make_blob, slow, truncated
+from storage_blobs import (
+    Blob,
+    FaultyBackend,
+    broken,
+    cache_of,
+    corrupted,
+    link,
+    make_blob,
+    read,
+    slow,
+    truncated,
+)
 
 import nydus.storage.cache
 from nydus.errors import BackendError, FormatError, NydusError
 from nydus.rafs.blobmeta import ChunkMap
 from nydus.rafs.model import Compression, Digester
-from nydus.storage.cache import BlobCache
 from nydus.storage.flusher import Flusher
 from nydus.storage.store import Store
 
@@ -29,14 +39,6 @@ SIZES = [4096, 100, 70000, 1 << 16, 5, 4097, 300000, 8192] * 6
 @pytest.fixture
 def blob() -> Blob:
     return make_blob(SIZES)
-
-
-def cache_of(path: Path, blob: Blob, backend: FaultyBackend, **options: object) -> BlobCache:
-    return BlobCache(path, blob.info, blob.chunks, backend, **options)  # type: ignore[arg-type]
-
-
-def read(cache: BlobCache, offset: int, length: int) -> bytes:
-    return b"".join(cache.read(offset, length))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from storage_blobs import Blob, FaultyBackend, broken, link, make_blob, slow
+from storage_blobs import Blob, FaultyBackend, broken, cache_of, link, make_blob, slow
 
 from nydus.storage.cache import BlobCache
 from nydus.storage.prefetch import Piece, Prefetcher, whole
@@ -18,10 +18,6 @@ SIZES = [100_000] * 40
 @pytest.fixture
 def blob() -> Blob:
     return make_blob(SIZES)
-
-
-def cache_of(path: Path, blob: Blob, backend: FaultyBackend) -> BlobCache:
-    return BlobCache(path, blob.info, blob.chunks, backend)
 
 
 def test_whole_blobs(tmp_path: Path, blob: Blob) -> None:
