@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import threading
 import time
@@ -115,6 +116,74 @@ def test_an_interrupted_upload_goes_on_where_it_broke(server: FaultyRegistry, st
     again = [] if stored == 2_000_000 else [f"{2_000_000 + stored}-3999999"]
     assert spans(server) == ["0-1999999", "2000000-3999999", *again, "4000000-5499999"]
     assert len(server.paths("POST")) == 1
+
+
+def streamed(repository: Repository, count: int) -> bytes:
+    """Uploads some MiB as a stream, and returns them; slowly, so that a break comes while it runs."""
+    data = random.Random(count).randbytes(count << 20)
+    with repository.upload() as upload:
+        for start in range(0, len(data), 1 << 20):
+            upload.write(data[start : start + (1 << 20)])
+        upload.commit(model.digest(data))
+    assert upload.sent == len(data)
+    return data
+
+
+@pytest.mark.parametrize("stored", [0, 700_000, 9 << 20])
+def test_an_interrupted_stream_goes_on_where_it_broke(
+    repository: Repository, server: FaultyRegistry, stored: int
+) -> None:
+    def take_chunks(handler: FaultyHandler) -> None:
+        session = handler.registry.store.sessions[handler.path.rpartition("/")[2]]
+        taken = 0
+        for piece in handler.body():
+            session.add(piece[: stored - taken])
+            taken += len(piece)
+            if taken >= stored:
+                break
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        hang_up(handler)
+
+    server.intercepts.append(Times(1, lambda h: h.command == "PATCH", take_chunks))
+    data = streamed(repository, 12)
+    assert repository.blob(model.digest(data)).read() == data
+    assert len(server.paths("POST")) == 1
+    begins = [
+        headers.get("Content-Range", "-").split("-")[0]
+        for method, _, headers in server.seen
+        if method == "PATCH"
+    ]
+    assert begins[:2] == ["", str(stored)]
+
+
+def test_a_stream_of_which_too_much_is_lost(
+    repository: Repository, server: FaultyRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_and_lose(handler: FaultyHandler) -> None:
+        for taken, _ in enumerate(handler.body()):
+            if taken > 200:
+                break
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        hang_up(handler)
+
+    monkeypatch.setattr("nydus.oci.upload._KEPT", 1 << 20)
+    server.intercepts.append(Times(1, lambda h: h.command == "PATCH", take_and_lose))
+    with pytest.raises(BackendError, match=r"cannot go on: expected") as caught:
+        streamed(repository, 64)
+    assert not caught.value.permanent, "whoever makes the blob can make it again"
+
+
+def test_an_answer_to_a_stream_that_was_lost(repository: Repository, server: FaultyRegistry) -> None:
+    def lose(handler: FaultyHandler) -> None:
+        session = handler.registry.store.sessions[handler.path.rpartition("/")[2]]
+        for piece in handler.body():
+            session.add(piece)
+        hang_up(handler)
+
+    server.intercepts.append(Times(1, lambda h: h.command == "PATCH", lose))
+    data = streamed(repository, 8)
+    assert repository.blob(model.digest(data)).read() == data
+    assert len(server.paths("PATCH")) == 1
 
 
 def test_an_answer_that_was_lost_and_a_busy_registry(server: FaultyRegistry) -> None:

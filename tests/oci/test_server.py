@@ -7,9 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from faulty import FaultyRegistry
 
 from nydus.errors import BackendError, ConfigError
 from nydus.oci.registry import Registry
@@ -146,3 +148,21 @@ def test_a_cancelled_upload_does_not_wait_for_a_registry_that_hangs(tmp_path: Pa
         upload.cancel()
         assert time.monotonic() - started < 6
         hang.set()
+
+
+def test_uploads_that_nobody_goes_on_with_are_dropped(
+    server: FaultyRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nydus.oci.server._UPLOAD_SECONDS", 0.5)
+    transport, path = registry.transport, "/v2/demo/blobs/uploads/"
+    location = transport.request("POST", path, "", ok=(202,)).headers["Location"]
+    for _ in range(4):
+        time.sleep(0.25)
+        transport.request("PATCH", location, "", {}, b"more", ok=(202,))
+    assert list(server.store.uploads.iterdir())
+    deadline = time.monotonic() + 10
+    while list(server.store.uploads.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(BackendError, match="404 upload unknown"):
+        transport.request("PATCH", location, "", {}, b"more", ok=(202,))

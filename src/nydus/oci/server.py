@@ -37,6 +37,8 @@ _PIECE = 1 << 20
 _THROTTLED_PIECE = 16 << 10
 _SAMPLE_SECONDS = 0.02
 _CATCH_UP_SECONDS = 0.05
+#: How long an upload may stand still.
+_UPLOAD_SECONDS = 3600.0
 
 
 @dataclass(slots=True)
@@ -194,6 +196,9 @@ class _Server(ThreadingHTTPServer):
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def service_actions(self) -> None:
+        self.registry.store.expire(_UPLOAD_SECONDS)
 
     def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
         pass  # a client that went away
@@ -428,6 +433,8 @@ class Handler(BaseHTTPRequestHandler):
         if session is None:
             raise Refusal(404, "BLOB_UPLOAD_UNKNOWN", f"upload unknown: {session_id}")
         with session.lock:
+            if sessions.get(session_id) is not session:  # ended while we waited for it
+                raise Refusal(404, "BLOB_UPLOAD_UNKNOWN", f"upload unknown: {session_id}")
             if self.command == "GET":
                 self._progress(204, name, session)
             elif self.command == "DELETE":

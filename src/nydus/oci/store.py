@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -60,6 +61,16 @@ class Store:
             raise
         self.sessions: dict[str, Session] = {}
 
+    def expire(self, idle: float) -> None:
+        """Drops the uploads to which nothing was added for some seconds: their clients have gone."""
+        for session in list(self.sessions.values()):
+            if time.monotonic() - session.touched > idle and session.lock.acquire(blocking=False):
+                try:
+                    self.sessions.pop(session.id, None)
+                    session.drop()
+                finally:
+                    session.lock.release()
+
     def close(self) -> None:
         """Lets another server have the folder."""
         if self._lock >= 0:
@@ -106,6 +117,7 @@ class Session:
         self.file = open(self.path, "wb", buffering=0)  # noqa: SIM115
         self.hash = hashlib.sha256()
         self.size = 0
+        self.touched = time.monotonic()
         self.lock = threading.Lock()
 
     def add(self, data: bytes) -> None:
@@ -120,6 +132,7 @@ class Session:
             raise
         self.hash.update(data)
         self.size += len(data)
+        self.touched = time.monotonic()
 
     def drop(self) -> None:
         self.file.close()

@@ -6,10 +6,12 @@ import contextlib
 import queue
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nydus.errors import BackendError
+from nydus.oci.connections import interrupted
 
 if TYPE_CHECKING:
     import urllib3
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _WHOLE = 4 << 20
 _PIECE = 256 << 10
 _PIECES_WAITING = 16
+#: More than what the buffers of a connection and of a registry may hold.
+_KEPT = 16 << 20
 _STALL = 60.0
 #: How long one that is cancelled waits for the registry.
 _PATIENCE = 2.0
@@ -39,12 +43,12 @@ class Upload:
             upload.write(data)
             upload.commit(digest)
 
-    A large blob goes as one streamed request (what Docker does, so what every registry knows); it cannot be
-    sent again from the middle, so a failure there is an error that the maker of the blob may retry.
+    A large blob goes as one streamed request (what Docker does, so what every registry knows). If that
+    breaks, another goes on where the registry says it got to. That must be within what was sent last, which
+    is kept; else it is an error that the maker of the blob may retry.
 
     With a chunk size it goes as one request for each chunk, which is held until the registry has it: one
-    that fails is repeated from where the registry says it got to. Proxies that limit the size of a request
-    need this, too.
+    that fails is repeated in the same way. Proxies that limit the size of a request need this.
 
     Args:
         chunk_size: bytes of one request; 0 streams. A registry that wants larger chunks gets them.
@@ -58,6 +62,9 @@ class Upload:
         self._chunk_size = chunk_size
         self._whole = min(_WHOLE, chunk_size or _WHOLE)
         self._position = 0
+        self._kept: deque[bytes] = deque()
+        self._kept_size = self._taken = 0
+        self._ended = False
         self._held: list[bytes] = []
         self._size = 0
         self._location = ""
@@ -155,7 +162,7 @@ class Upload:
             if self._chunk_size:
                 self._send_chunks()
             else:
-                self._patch(self._counted(), {}, streaming=True)
+                self._stream()
         except BackendError as error:
             self._failure = error
         except _Cancelled:
@@ -186,14 +193,32 @@ class Upload:
         for piece in self._pieces():
             waiting += piece
             while len(waiting) >= self._chunk_size:
-                self._send_chunk(bytes(waiting[: self._chunk_size]))
+                self._send_chunk(bytes(waiting[: self._chunk_size]), self._position)
                 del waiting[: self._chunk_size]
         if waiting:
-            self._send_chunk(bytes(waiting))
+            self._send_chunk(bytes(waiting), self._position)
 
-    def _send_chunk(self, data: bytes) -> None:
-        begin, end = self._position, self._position + len(data)
-        failed = False
+    def _stream(self) -> None:
+        failures = before = 0
+        while not self._ended:
+            try:
+                self._patch(self._counted(), {}, streaming=True)
+            except BackendError as error:
+                failures = 1 if self._taken - before > _WHOLE else failures + 1
+                before = self._taken
+                policy = self._transport.policy
+                if self._cancelled or error.permanent or failures >= policy.attempts:
+                    raise
+                if interrupted.wait(policy.pause * 2 ** (failures - 1)):
+                    raise
+                try:
+                    self._send_chunk(b"".join(self._kept), self._taken - self._kept_size, failed=True)
+                except BackendError as second:
+                    raise BackendError(f"{error}; {second}", status=error.status) from error
+
+    def _send_chunk(self, data: bytes, begin: int, failed: bool = False) -> None:
+        """Sends what begins at an offset; what failed may have got there in part."""
+        end = begin + len(data)
 
         def send() -> None:
             nonlocal failed
@@ -233,14 +258,20 @@ class Upload:
 
     def _counted(self) -> Iterator[bytes]:
         for piece in self._pieces():
+            self._kept.append(piece)
+            self._kept_size += len(piece)
+            self._taken += len(piece)
+            while self._kept_size - len(self._kept[0]) >= _KEPT:
+                self._kept_size -= len(self._kept.popleft())
             yield piece
-            self.sent += len(piece)
+            self.sent = self._taken
 
     def _pieces(self) -> Iterator[bytes]:
         while (piece := self._queue.get()) is not None:
             if self._cancelled:
                 break
             yield piece
+        self._ended = True
         if self._cancelled:
             raise _Cancelled  # breaks the connection, so that the registry sees no complete request
 
