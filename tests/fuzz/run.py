@@ -28,7 +28,7 @@ from nydus.errors import NydusError
 #: A small input that takes longer is a find.
 SECONDS = 2.0
 #: So is one for which more memory is used than this many times its size, and this much.
-MEMORY_FACTOR, MEMORY_BASE = 20, 16 << 20
+MEMORY_FACTOR, MEMORY_BASE = 20, 4 << 20
 #: No execution may need more than this at all.
 _ADDRESS_SPACE = 3 << 30
 
@@ -91,7 +91,7 @@ def fuzz(name: str, count: int, seconds: float, seed: int, finds: Path) -> tuple
         started = time.process_time()
         problem = execute(target, data)
         # Much memory takes time to fill.
-        if not problem and (time.process_time() - started > 0.05 or executed % 50 == 0):
+        if not problem and (time.process_time() - started > 0.05 or executed % 25 == 0):
             problem = memory(target, data)
         executed += 1
         if not problem:

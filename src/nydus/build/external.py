@@ -28,7 +28,7 @@ from nydus.build.merge import MAX_BLOBS
 from nydus.build.sections import SectionWriter
 from nydus.build.tree import TreeBuilder
 from nydus.errors import ConfigError, FormatError, NydusError
-from nydus.rafs import blobmeta, checks, derived
+from nydus.rafs import blobmeta, checks, ragged
 from nydus.rafs.model import CHUNK, BlobFeature, BlobInfo, ChunkFlag, Compression, Tree
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Attributes:
         if (
             chunk_size is None
             or chunk_size & (chunk_size - 1)
-            or not (checks.MIN_CHUNK_SIZE <= chunk_size <= checks.MAX_EXTERNAL_CHUNK)
+            or not (checks.MIN_CHUNK_SIZE <= chunk_size <= checks.MAX_UNIT)
         ):
             text = "a power of two from 4KiB to 64MiB (4MB is 4,000,000 bytes)"
             raise self._fail(path, "chunk_size cannot be used", values["chunk_size"], text)
@@ -326,7 +326,7 @@ def _tree(
     tree = builder.finish(
         options.version, options.chunk_size, super_flags(options), table, np.arange(chunk_count), blobs
     )
-    derived.set_file_offsets(tree, tree.chunks, np.array(counts, np.int64))
+    tree.chunks["file_offset"] = ragged.offsets_within(tree.chunks["usize"], np.array(counts, np.int64))
     return tree
 
 

@@ -7,7 +7,7 @@ import stat
 import numpy as np
 
 from nydus.rafs import codec, ragged
-from nydus.rafs.model import Array, BlobFeature, Digester, Tree
+from nydus.rafs.model import Array, Digester, Tree
 
 _DIRECTORY = stat.S_IFDIR >> 12
 _LINK = stat.S_IFLNK >> 12
@@ -24,22 +24,13 @@ def nlinks(tree: Tree) -> Array:
 
 
 def owned_chunks(tree: Tree) -> Array:
-    """The chunks of all inodes (a copy), each inode once, in P-order, with their offsets in the file."""
+    """The chunks of all inodes, each inode once, in P-order; not to be changed: often they are the tree's."""
     nodes = tree.nodes
-    runs = nodes[nodes["link"] == np.arange(len(nodes))]
-    chunks = tree.chunks[ragged.indexes(runs["chunk"], runs["chunk_count"])]
-    set_file_offsets(tree, chunks, runs["chunk_count"])
-    return chunks
-
-
-def set_file_offsets(tree: Tree, chunks: Array, counts: Array) -> None:
-    """Say of chunks where they lie in their files, which have ``counts`` of them each."""
-    position = ragged.indexes(np.zeros(len(counts), np.int64), counts)
-    chunks["file_offset"] = position * tree.chunk_size
-    external = np.array([bool(blob.features & BlobFeature.EXTERNAL) for blob in tree.blobs])
-    if external.any():
-        mine = external[chunks["blob_index"]]
-        chunks["file_offset"][mine] = ragged.offsets_within(chunks["usize"], counts)[mine]
+    rows = np.flatnonzero((nodes["link"] == np.arange(len(nodes))) & (nodes["chunk_count"] > 0))
+    starts, counts = nodes["chunk"][rows], nodes["chunk_count"][rows]
+    if int(counts.sum()) == len(tree.chunks) and (starts == ragged.starts_of(counts)).all():
+        return tree.chunks
+    return np.asarray(tree.chunks[ragged.indexes(starts, counts)])
 
 
 def digests(tree: Tree, digester: Digester) -> Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from nydus.rafs.model import Array
 
-#: Runs are copied in slices of this many bytes, so that index arrays stay small.
-_SLICE = 1 << 21
+#: Items are handled in slices of this many, so that index arrays stay small beside the tables.
+_SLICE = 1 << 15
 
 
 def starts_of(lengths: Array) -> Array:
@@ -35,13 +37,20 @@ def offsets_within(sizes: Array, counts: Array) -> Array:
 def copy(target: Array, places: Array, source: Array, starts: Array, lengths: Array) -> None:
     """Copy run *i* of ``source`` to ``target[places[i]:]``; both are flat arrays of one type."""
     ends = np.cumsum(lengths, dtype=np.int64)
+    step = min(_SLICE, (int(ends[-1]) if len(ends) else 0) // 8 + 4096)
     first = 0
     while first < len(lengths):
         base = int(ends[first - 1]) if first else 0
-        last = max(int(np.searchsorted(ends, base + _SLICE, side="right")), first + 1)
+        last = max(int(np.searchsorted(ends, base + step, side="right")), first + 1)
         part = slice(first, last)
         target[indexes(places[part], lengths[part])] = source[indexes(starts[part], lengths[part])]
         first = last
+
+
+def slices(count: int) -> Iterator[slice]:
+    """Parts of a long table whose temporary columns would take more memory than the table."""
+    for start in range(0, count, _SLICE):
+        yield slice(start, min(start + _SLICE, count))
 
 
 def join(source: Array, starts: Array, lengths: Array) -> Array:

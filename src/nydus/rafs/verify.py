@@ -111,18 +111,24 @@ class _Verifier:
         chunks = tree.chunks
         if not len(chunks):
             return
-        sequence = np.lexsort((chunks["index"], chunks["blob_index"]))
-        ordered = chunks[sequence]
-        same = (ordered["blob_index"][1:] == ordered["blob_index"][:-1]) & (
-            ordered["index"][1:] == ordered["index"][:-1]
-        )
+        keys = chunks["blob_index"].astype(np.uint64) << np.uint64(32) | chunks["index"]
+        sequence = np.argsort(keys, kind="stable")
+        keys = keys[sequence]
+        same = keys[1:] == keys[:-1]
+        del keys
         differ = np.zeros(len(same), bool)
-        for name in ("uoffset", "usize", "coffset", "csize", "digest"):
-            differ |= ordered[name][1:] != ordered[name][:-1]
+        for part in ragged.slices(len(same)):
+            here, following = sequence[part], sequence[part.start + 1 : part.stop + 1]
+            for name in ("uoffset", "usize", "coffset", "csize", "digest"):
+                differ[part] |= chunks[name][here] != chunks[name][following]
         for row in np.flatnonzero(same & differ)[:_EACH].tolist():
-            chunk = ordered[row]
+            chunk = chunks[sequence[row]]
             self.report(f"files disagree about chunk {chunk['index']} of blob {chunk['blob_index']}")
-        first = ordered[np.append(True, ~same)]
+        del differ
+        # Copies of few columns: chunks are what there may be most of.
+        sequence = sequence[np.append(True, ~same)]
+        first = {name: chunks[name][sequence] for name in ("blob_index", "index", "uoffset", "usize")}
+        del sequence, same
         in_blob = first["blob_index"][1:] == first["blob_index"][:-1]
         if tree.version == 5:
             # Files lie in external blobs in any order.

@@ -245,6 +245,15 @@ class Reader:
         chunks = buffer.gather(places, CHUNK, "chunk list")
         units = np.repeat(units, counts)
         expected = np.minimum(np.repeat(sizes.astype(np.int64), counts) - position * units, units)
+        wrong = chunks["file_offset"] != position * units
+        if wrong.any():
+            bad = int(np.argmax(wrong))
+            raise buffer.error(
+                "a chunk is not where its file has it",
+                int(places[bad]) + 64,
+                found=int(chunks["file_offset"][bad]),
+                expected=int((position * units)[bad]),
+            )
         nodes["chunk"][owners] = ragged.starts_of(counts)
         nodes["chunk_count"][owners] = counts
         self.check_chunks(chunks, places, expected)

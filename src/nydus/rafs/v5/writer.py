@@ -95,7 +95,6 @@ class _Writer:
         at += attributes
         position = ragged.indexes(np.zeros(len(nodes), np.int64), counts)
         chunks = tree.chunks[ragged.indexes(nodes["chunk"][first], counts)]
-        derived.set_file_offsets(tree, chunks, counts)
         ragged.scatter(out, np.repeat(at, counts) + position * CHUNK.itemsize, chunks)
         return out.tobytes()
 

@@ -9,6 +9,8 @@ from nydus.rafs.model import Array, Tree
 from nydus.rafs.v6 import layout
 
 _DOT = ord(".")
+#: Blocks emitted at a time, so that columns of their entries stay small beside the bootstrap.
+_BLOCKS = 128
 
 
 class Dirents:
@@ -84,13 +86,21 @@ class Dirents:
             places: byte offset of each block.
             nids, types: by row of the tree.
         """
-        owner = np.repeat(np.arange(len(self.first)), self.counts)
-        number = np.arange(len(self.rows)) - self.first[owner]
-        text = np.cumsum(self.lengths) - self.lengths
-        offsets = layout.DIRENT.itemsize * self.counts[owner] + text - text[self.first][owner]
-        entries = np.zeros(len(self.rows), layout.DIRENT)
-        entries["nid"], entries["name_offset"] = nids[self.rows], offsets
-        entries["type"] = types[self.rows]
-        base = places[owner]
+        step = min(_BLOCKS, len(self.first) // 8 + 1)
+        for start in range(0, len(self.first), step):
+            self._emit(out, places, nids, types, slice(start, start + step))
+
+    def _emit(self, out: Array, places: Array, nids: Array, types: Array, part: slice) -> None:
+        first, counts = self.first[part], self.counts[part]
+        entry = slice(int(first[0]), int(first[-1] + counts[-1]))
+        owner = np.repeat(np.arange(len(first)), counts)
+        first = first - entry.start
+        rows, lengths = self.rows[entry], self.lengths[entry]
+        number = np.arange(len(rows)) - first[owner]
+        text = np.cumsum(lengths) - lengths
+        offsets = layout.DIRENT.itemsize * counts[owner] + text - text[first][owner]
+        entries = np.zeros(len(rows), layout.DIRENT)
+        entries["nid"], entries["name_offset"], entries["type"] = nids[rows], offsets, types[rows]
+        base = places[part][owner]
         ragged.scatter(out, base + number * layout.DIRENT.itemsize, entries)
-        ragged.copy(out, base + offsets, self.heap, self.starts, self.lengths)
+        ragged.copy(out, base + offsets, self.heap, self.starts[entry], lengths)

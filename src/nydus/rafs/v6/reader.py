@@ -372,24 +372,25 @@ class Reader:
             raise buffer.error("the chunk list of a file is incomplete", int(places[bad_row]))
         nodes["chunk"][owners[rows]] = ragged.starts_of(counts)
         nodes["chunk_count"][owners[rows]] = counts
-        # Lists are aligned to their entries. Few columns are alive at a time: chunks are what there may be
-        # most of.
+        # Lists are aligned to their entries. Chunks are what there may be most of: few columns at a time.
         unit = layout.CHUNK_INDEX.itemsize
         table = buffer.array(0, buffer.size // unit, layout.CHUNK_INDEX, "chunk list")
-        index = table[ragged.indexes(starts // unit, counts)]
-        result = np.zeros(len(index), CHUNK)
-        result["blob_index"] = index["device"].astype(np.uint32) - 1
-        result["index"] = index["index_low"] | index["index_high"].astype(np.uint32) << 16
-        result["uoffset"] = index["block"].astype(np.uint64) * self.block
-        del index
-        result["file_offset"] = ragged.indexes(np.zeros(len(rows), np.int64), counts)
-        result["file_offset"] *= np.uint64(head.chunk_size)
-        result["usize"] = head.chunk_size
-        last = (np.cumsum(counts) - 1)[counts > 0]
-        result["usize"][last] = (size - (counts - 1) * head.chunk_size)[counts > 0]
+        total = np.cumsum(counts)
+        result = np.zeros(int(total[-1]) if len(total) else 0, CHUNK)
+        for part in ragged.slices(len(result)):
+            number = np.arange(part.start, part.stop)
+            file = np.searchsorted(total, number, side="right")
+            number -= (total - counts)[file]
+            index = table[starts[file] // unit + number]
+            chunks = result[part]
+            chunks["blob_index"] = index["device"].astype(np.uint32) - 1
+            chunks["index"] = index["index_low"] | index["index_high"].astype(np.uint32) << 16
+            chunks["uoffset"] = index["block"].astype(np.uint64) * self.block
+            chunks["file_offset"] = number * head.chunk_size
+            chunks["usize"] = np.minimum(size[file] - number * head.chunk_size, head.chunk_size)
 
         def place(chunk: int) -> int:
-            file = int(np.searchsorted(np.cumsum(counts), chunk, side="right"))
+            file = int(np.searchsorted(total, chunk, side="right"))
             return int(starts[file]) + int(result["file_offset"][chunk]) // head.chunk_size * unit
 
         self.check_chunks(result, place)
@@ -432,37 +433,39 @@ class Reader:
             return
         keys = table["blob_index"].astype(np.uint64) << 32 | table["index"]
         sequence = np.argsort(keys, kind="stable")
-        wanted = chunks["blob_index"].astype(np.uint64) << 32 | chunks["index"]
-        place = np.minimum(np.searchsorted(keys[sequence], wanted), len(keys) - 1)
-        match = sequence[place]
-        found = keys[match] == wanted
-        for name in ("digest", "flags", "csize", "coffset", "crc"):
-            chunks[name][found] = table[name][match[found]]
-        generated = [bool(blob.features & BlobFeature.CHUNKDICT_GENERATED) for blob in self.head.blobs]
-        if any(generated):
-            # The file of a chunk dictionary lists chunks of any size (rafs.md 4.8).
-            odd = found & np.array(generated)[chunks["blob_index"]]
-            chunks["usize"][odd] = table["usize"][match[odd]]
+        keys = keys[sequence]
+        generated = np.array([bool(b.features & BlobFeature.CHUNKDICT_GENERATED) for b in self.head.blobs])
+        for part in ragged.slices(len(chunks)):
+            mine = chunks[part]
+            wanted = mine["blob_index"].astype(np.uint64) << 32 | mine["index"]
+            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            found = keys[place] == wanted
+            match = sequence[place]
+            for name in ("digest", "flags", "csize", "coffset", "crc"):
+                mine[name][found] = table[name][match[found]]
+            if generated.any():
+                # The file of a chunk dictionary lists chunks of any size (rafs.md 4.8).
+                odd = found & generated[mine["blob_index"]]
+                mine["usize"][odd] = table["usize"][match[odd]]
 
     def check_chunks(self, chunks: Array, place: Callable[[int], int]) -> None:
         """Chunks must lie in their blobs; ``place`` says where a chunk was read from."""
+        blobs = self.head.blobs
+        counts = [1 << 24 if blob.features & BlobFeature.EXTERNAL else blob.chunk_count for blob in blobs]
+        count = np.array(counts, np.uint32)
+        sizes = np.array([blob.uncompressed_size for blob in blobs], np.uint64)
+        for part in ragged.slices(len(chunks)):
+            mine = chunks[part]
+            blob = mine["blob_index"]
 
-        def refuse(wrong: Array, what: str) -> None:
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                raise self.buffer.error(what, place(at), found=int(chunks["index"][at]))
+            def refuse(wrong: Array, what: str, start: int = part.start) -> None:
+                if wrong.any():
+                    at = start + int(np.argmax(wrong))
+                    raise self.buffer.error(what, place(at), found=int(chunks["index"][at]))
 
-        blobs, blob = self.head.blobs, chunks["blob_index"]
-        refuse(blob >= len(blobs), "a chunk of a blob that does not exist")
-        if not len(chunks):
-            return
-        external = [bool(b.features & BlobFeature.EXTERNAL) for b in blobs]
-        count = np.array(
-            [1 << 24 if e else b.chunk_count for b, e in zip(blobs, external, strict=True)], np.uint32
-        )
-        refuse(chunks["index"] >= count[blob], "the index of a chunk is beyond its blob's")
-        ends = np.array([b.uncompressed_size for b in blobs], np.uint64)[blob]
-        refuse(chunks["uoffset"] + chunks["usize"] > ends, "a chunk lies outside of its blob")
+            refuse(blob >= len(blobs), "a chunk of a blob that does not exist")
+            refuse(mine["index"] >= count[blob], "the index of a chunk is beyond its blob's")
+            refuse(mine["uoffset"] + mine["usize"] > sizes[blob], "a chunk lies outside of its blob")
 
     def share(self, nodes: Array) -> None:
         """Give further names of an inode what its first name has."""

@@ -301,17 +301,22 @@ def chunk_table(chunks: Array, blobs: list[BlobInfo]) -> Array:
     """The records of rafs.md 2.10: the last of each (digest, blob), sorted by digest."""
     if not len(chunks):
         return np.zeros(0, CHUNK)
+    # Most images refer to many chunks more than once: the last of each, and only then by digest.
+    keys = chunks["blob_index"].astype(np.uint64) << np.uint64(32) | chunks["index"]
+    _, last = np.unique(keys[::-1], return_index=True)
+    del keys
+    chunks = chunks[np.sort(len(chunks) - 1 - last)]
     words = np.ascontiguousarray(chunks["digest"]).view(">u8").reshape(-1, 4)
     external = np.array([bool(blob.features & BlobFeature.EXTERNAL) for blob in blobs])
     index = np.where(external[chunks["blob_index"]], chunks["index"], 0)
-    keys = (words[:, 0], words[:, 1], words[:, 2], words[:, 3], chunks["blob_index"], index)
-    sequence = np.lexsort(keys[::-1])  # stable: equal keys stay in P-order
-    last = np.zeros(len(sequence), bool)
-    last[-1] = True
-    for key in keys:
-        ordered = key[sequence]
-        last[:-1] |= ordered[1:] != ordered[:-1]
-    return np.asarray(chunks[sequence[last]])
+    columns = (words[:, 0], words[:, 1], words[:, 2], words[:, 3], chunks["blob_index"], index)
+    sequence = np.lexsort(columns[::-1])  # stable: equal keys stay in P-order
+    final = np.zeros(len(sequence), bool)
+    final[-1] = True
+    for column in columns:
+        ordered = column[sequence]
+        final[:-1] |= ordered[1:] != ordered[:-1]
+    return np.asarray(chunks[sequence[final]])
 
 
 def encode_xattrs(xattrs: Xattrs, tree: Tree) -> bytes:
