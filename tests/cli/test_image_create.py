@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import nydus
 from nydus import rafs
 from nydus.build import bootstrap
 from nydus.rafs import blobmeta
@@ -69,6 +70,35 @@ def test_version() -> None:
     text = run("--version").stdout.decode()
     assert time.monotonic() - start < 1.5
     assert re.search(r"Version:\s*(v.*)", text)
+    assert "unknown" not in text
+
+
+def test_commit(tmp_path: Path) -> None:
+    """That of the checkout the program runs from, however git stores it; none where there is no checkout."""
+    checkout = tmp_path / "checkout"
+    package = checkout / "src" / "nydus"
+    package.mkdir(parents=True)
+    for name in ("__init__", "version"):
+        (package / f"{name}.py").write_bytes((Path(nydus.__file__).parent / f"{name}.py").read_bytes())
+
+    def ask() -> str:
+        command = [sys.executable, "-c", "from nydus import version; print(version.full())"]
+        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
+    assert ask() == f"v{nydus.__version__}"
+    git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert ask() == f"v{nydus.__version__}"
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    expected = f"v{nydus.__version__}-{head.stdout.strip()}"
+    assert ask() == expected
+    subprocess.run([*git, "pack-refs", "--all"], check=True)
+    assert ask() == expected
+    subprocess.run([*git, "checkout", "-q", "--detach"], check=True)
+    assert ask() == expected
 
 
 def test_version_imports_little() -> None:

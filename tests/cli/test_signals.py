@@ -44,7 +44,7 @@ def _create(tmp_path: Path, **more: object) -> tuple[subprocess.Popen[str], int,
     return process, writer, out
 
 
-@pytest.mark.parametrize("number", _ENDS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", (*_ENDS, signal.SIGINT), ids=lambda number: number.name)
 def test_no_half_written_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
     process, writer, out = _create(tmp_path)
     # As ``timeout`` does: to the program, and to its group.
@@ -53,7 +53,8 @@ def test_no_half_written_file_is_left(tmp_path: Path, number: signal.Signals) ->
     _, stderr = process.communicate(timeout=15)
     os.close(writer)
     assert process.returncode == 128 + number
-    assert stderr == f"Error: ended by {number.name}\n"
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert stderr == f"Error: {said}\n"
     assert list(out.iterdir()) == []
 
 

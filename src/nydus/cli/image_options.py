@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus import __version__
+from nydus import version
 
 if TYPE_CHECKING:
     from nydus.rafs.model import Tree
@@ -77,7 +77,7 @@ def result(tree: Tree, bootstrap: str, blobs: list[str], trace: Trace) -> dict[s
     }
     compressor = next((name for flag, name in names.items() if tree.flags & flag), "lz4_block")
     return {
-        "version": f"v{__version__}-unknown",
+        "version": version.full(),
         "bootstrap": bootstrap,
         "blobs": blobs,
         "external_bootstrap": "",

@@ -73,14 +73,12 @@ def _add_log_options(command: click.Command) -> None:
 def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    click.echo(
-        " \r\n"
-        f"Version: \tv{__version__}\n"
-        "Git Commit: \tunknown\n"
-        "Build Time: \tunknown\n"
-        "Profile: \trelease\n"
-        f"Rustc: \tnone (Python {platform.python_version()})\n"
-    )
+    from nydus.version import commit
+
+    # The reference has more lines; what does not apply, or is not known, is left out.
+    digits = commit()
+    lines = [f"Version: \tv{__version__}", *([f"Git Commit: \t{digits}"] if digits else [])]
+    click.echo("\n".join([" \r", *lines, f"Python: \t{platform.python_version()}"]))
     ctx.exit()
 
 
@@ -120,7 +118,7 @@ def nydus_image(ctx: click.Context) -> None:
 
 def main() -> None:
     """Run the command: 2 for wrong usage, 1 and one line on stderr for everything else."""
-    end_in_order()
+    end_in_order(lambda: None)  # Ctrl-C, too: click would make "Aborted!" and 1 of it
     # A command that runs for seconds and makes no cycles has nothing to collect, and much to look through.
     gc.disable()
     try:
@@ -131,5 +129,3 @@ def main() -> None:
     except NydusError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        sys.exit(130)
