@@ -125,6 +125,21 @@ def test_pax_overrides_and_attributes() -> None:
     assert result.tree.node_xattrs(row) == ((b"user.a", b"1"),)
 
 
+def test_attributes_left_out_are_counted_once(caplog: pytest.LogCaptureFixture) -> None:
+    odd = {
+        "SCHILY.xattr.com.apple.x": "2",
+        "SCHILY.xattr.user." + "n" * 251: "3",
+        "SCHILY.xattr.user.ok": "1",
+    }
+    build(archive(*(file(str(number), b"", pax_headers=odd) for number in range(5))))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("test: 10 extended attributes are left out")
+    assert "com.apple.x" in message
+    caplog.clear()
+    build(archive(file("x", b"", pax_headers={"SCHILY.xattr.user.ok": "1"})))
+    assert not caplog.records
+
+
 def test_global_headers_are_ignored() -> None:
     result, _ = build(archive(file("a", b"1"), pax={"path": "evil", "comment": "git"}))
     assert paths(result.tree) == ["/", "/a"]

@@ -26,6 +26,7 @@ import reference_codecs
 
 from nydus import rafs
 from nydus.build import bootstrap, directory, layer
+from nydus.build import tree as build_tree
 from nydus.build.bootstrap import LayerBlob, describe_blob
 from nydus.build.layer import BuildOptions, LayerResult, build_layer
 from nydus.build.merge import merge
@@ -91,14 +92,13 @@ def reference_tree(vector: Path) -> Tree:
 def take_randomness_from(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the order of attributes, and the key, of an image of the reference."""
     order = {frozenset(xattrs): xattrs for xattrs in tree.xattrs}
-    ours = layer.known_xattrs
+    ours = build_tree.known_xattrs
 
     def known(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
         kept = ours(xattrs)
         return order.get(frozenset(kept), kept)
 
-    monkeypatch.setattr(layer, "known_xattrs", known)
-    monkeypatch.setattr(directory, "known_xattrs", known)
+    monkeypatch.setattr(build_tree, "known_xattrs", known)
     if tree.blobs and tree.blobs[-1].cipher:
         secrets = {32: tree.blobs[-1].key, 16: tree.blobs[-1].iv}
         monkeypatch.setattr(os, "urandom", lambda size: secrets[size])

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from nydus.build.blob import Piece, Sink
-from nydus.build.layer import BuildOptions, LayerBuilder, LayerResult, device, known_xattrs
+from nydus.build.layer import BuildOptions, LayerBuilder, LayerResult, device
 from nydus.build.merge import Whiteout
 from nydus.build.tree import TreeBuilder
 from nydus.errors import NydusError
@@ -170,7 +170,7 @@ def _xattrs(path: bytes) -> Xattrs:
     if not names:
         return ()
     pairs = sorted((os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in names)
-    return known_xattrs(tuple(pairs))
+    return tuple(pairs)
 
 
 def _file_order(

@@ -208,30 +208,13 @@ def add_entry(builder: TreeBuilder, entry: Entry, options: BuildOptions) -> int 
         size=entry.size,
         rdev=rdev,
         target=entry.link if kind == stat.S_IFLNK else b"",
-        xattrs=known_xattrs(entry.xattrs),
+        xattrs=entry.xattrs,
     )
 
 
 def stargz_special(name: bytes) -> bool:
     """Whether a name belongs to the eStargz format and not to the image."""
     return name.removeprefix(b"./").lstrip(b"/") in _STARGZ_FILES
-
-
-_XATTR_PREFIXES = (b"user.", b"security.", b"trusted.")
-_XATTR_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
-
-
-def known_xattrs(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
-    """The attributes that RAFS can hold; runtimes ignore what a file system does not support, too."""
-    if not xattrs:
-        return ()
-    return tuple(
-        (name, value)
-        for name, value in xattrs
-        if (name.startswith(_XATTR_PREFIXES) or name in _XATTR_NAMES)
-        and len(name) <= 255
-        and len(value) <= 0xFFFF
-    )
 
 
 def device(major: int, minor: int) -> int:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from nydus.build.blob import MAX_CHUNKS, HashingSink, Sink
-from nydus.build.layer import BuildOptions, LayerResult, device, known_xattrs, stargz_special
+from nydus.build.layer import BuildOptions, LayerResult, device, stargz_special
 from nydus.build.stream import BLOCK, Source
 from nydus.build.tree import NO_DEVICE, TreeBuilder
 from nydus.build.zran import reference_features, seal_reference
@@ -152,7 +152,7 @@ def _add(builder: TreeBuilder, entry: _Entry, options: BuildOptions, where: str)
     if entry.type == "hardlink":
         builder.link(name, link)
         return None
-    xattrs = known_xattrs(tuple(sorted((key.encode(), value) for key, value in entry.xattrs.items())))
+    xattrs = tuple(sorted((key.encode(), value) for key, value in entry.xattrs.items()))
     rdev = NO_DEVICE
     if kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO):
         rdev = device(entry.dev_major, entry.dev_minor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import stat
 import struct
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 
 from nydus.errors import FormatError
 from nydus.rafs.model import CHUNK, NODE, Array, BlobInfo, NodeFlag, SuperFlag, Tree, Xattrs
+
+log = logging.getLogger(__name__)
 
 #: ``rdev`` of names that are no devices, in tar builds (rafs.md 1.3).
 NO_DEVICE = 0xFFFF_FFFF
@@ -66,6 +69,8 @@ class TreeBuilder:
         self._rdev = rdev
         self._where = where
         self._xattrs: dict[Xattrs, int] = {}
+        #: Attributes that RAFS has no room for, and the name of the first.
+        self._left_out, self._example = 0, b""
         self._targets: dict[int, bytes] = {}
         #: inode of each directory → its entries.
         self._children: dict[int, dict[bytes, int]] = {}
@@ -94,6 +99,12 @@ class TreeBuilder:
         number: int | None = None,
     ) -> int:
         """Make an inode without a name (or give inode ``number`` new attributes); returns its number."""
+        if xattrs:
+            known = known_xattrs(xattrs)
+            if len(known) < len(xattrs) and not self._left_out:
+                self._example = next(pair[0] for pair in xattrs if pair not in known)
+            self._left_out += len(xattrs) - len(known)
+            xattrs = known
         xattr = self._xattrs.setdefault(xattrs, len(self._xattrs)) if xattrs else -1
         if number is None:
             number = len(self._rows) // _SIZE
@@ -322,6 +333,13 @@ class TreeBuilder:
             table: CHUNK rows, one for each distinct chunk.
             references: row of ``table`` for each chunk reference.
         """
+        if self._left_out:
+            log.warning(
+                "%s%d extended attributes are left out, as RAFS cannot hold them (the first one: %s)",
+                f"{self._where}: " if self._where else "",
+                self._left_out,
+                self._example[:255].decode(errors="backslashreplace"),
+            )
         order = self.number()
         names = order.names
         nodes: Array = np.frombuffer(self._rows, NODE)[order.inodes]
@@ -355,6 +373,23 @@ class TreeBuilder:
             version, chunk_size, flags, nodes, heap, b"".join(targets), chunks,
             list(self._xattrs), blobs,
         )  # fmt: skip
+
+
+_XATTR_PREFIXES = (b"user.", b"security.", b"trusted.")
+_XATTR_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
+
+
+def known_xattrs(xattrs: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
+    """The attributes that RAFS can hold; runtimes ignore what a file system does not support, too."""
+    if not xattrs:
+        return ()
+    return tuple(
+        (name, value)
+        for name, value in xattrs
+        if (name.startswith(_XATTR_PREFIXES) or name in _XATTR_NAMES)
+        and len(name) <= 255
+        and len(value) <= 0xFFFF
+    )
 
 
 def _clean(path: bytes) -> list[bytes]:

@@ -491,7 +491,7 @@ def _layers(side: Side) -> Listing:
 
 def _kept(name: str, value: bytes) -> bool:
     """RAFS holds the attributes of these name spaces only (and overlayfs hides the others, too)."""
-    from nydus.build.layer import known_xattrs
+    from nydus.build.tree import known_xattrs
 
     return bool(known_xattrs(((name.encode("utf8", "surrogateescape"), value),)))
 
