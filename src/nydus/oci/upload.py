@@ -244,7 +244,12 @@ class Upload:
 
     def _ask_position(self, begin: int, end: int) -> int:
         """How much of the blob the registry has, after a request for ``begin`` to ``end`` has failed."""
-        response = self._transport.request("GET", self._location, self._repository.push, ok=(200, 202, 204))
+        try:
+            response = self._transport.request(
+                "GET", self._location, self._repository.push, ok=(200, 202, 204)
+            )
+        except BackendError as error:  # whoever makes the blob may begin again
+            raise BackendError(f"an interrupted upload cannot go on: {error}", status=error.status) from error
         self._moved(response)
         match = _RANGE.fullmatch(response.headers.get("Range", ""))
         # "0-0" is what registries say of an upload without any bytes.
