@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import subprocess
 import sys
@@ -163,3 +164,22 @@ def test_memory_does_not_grow_with_the_layer() -> None:
         for n in (2, 40)
     )
     assert large - small < 16 << 10  # KiB; the layers have 32 and 640 MiB
+
+
+@pytest.mark.parametrize("options", [{"encrypt": True}, {"batch_size": 0x100_0000}])
+def test_a_chunk_that_records_cannot_hold(options: dict[str, Any]) -> None:
+    """16 MiB that do not shrink have a size of 25 bits; what shrinks fits."""
+    big = BuildOptions(chunk_size=0x100_0000, workers=1, **options)
+    with pytest.raises(FormatError, match="use a chunk size of 0x800000 or less"):
+        build_layer(io.BytesIO(_tar(os.urandom(0x100_0000))), len, big)
+    build_layer(io.BytesIO(_tar(bytes(0x100_0000))), len, big)
+    build_layer(io.BytesIO(_tar(os.urandom(0x100_0000))), len, BuildOptions(chunk_size=0x100_0000))
+
+
+def _tar(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("x")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()

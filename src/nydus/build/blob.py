@@ -35,6 +35,8 @@ BATCH_SIZE = 1 << 20
 BATCH_COUNT = 512
 #: The 24-bit chunk index of v6 (rafs.md 0).
 MAX_CHUNKS = 0xFF_FFFF
+#: The stored size of a chunk in 24-byte records (rafs.md 3.2).
+MAX_STORED_V2 = 0xFF_FFFF
 
 
 class HashingSink:
@@ -385,6 +387,13 @@ class BlobWriter:
                 self._flags.append(flag)
                 self._coffset.append(offset)
                 self._csize.append(len(data))
+                if len(data) > MAX_STORED_V2 and self.info.features & BlobFeature.CHUNK_INFO_V2:
+                    raise FormatError(
+                        "a chunk that does not shrink is too large for batched or encrypted blobs; "
+                        "use a chunk size of 0x800000 or less",
+                        found=len(data),
+                        expected=f"at most {MAX_STORED_V2}",
+                    )
             offset += len(data)
         self._sink.write(b"".join(stored))
         if self._image is not None:
