@@ -62,6 +62,8 @@ class DaemonClient:
             connection.request(method, target, payload, {"Content-Type": "application/json"})
             response = connection.getresponse()
             data = response.read()
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise DaemonError(f"{self.socket_path}: no daemon listens there") from error
         except (OSError, HTTPException) as error:
             raise DaemonError(
                 f"{self.socket_path}: {method} {path}: {error or type(error).__name__}"

@@ -90,7 +90,8 @@ def run(
             daemon.start()
     except NydusError as error:
         to_supervisor.send(Message.FAILED, str(error).encode())
-        log.error("cannot start: %s", error)
+        if options.log_file is not None:  # else the user has read it already
+            log.error("cannot start: %s", error)
         return 1
     if listener is not None:
         ApiServer(daemon, listener, stop).start()
