@@ -148,3 +148,19 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert default_folder() is None
     (tmp_path / "config.json").mkdir()
     assert docker_credentials("r.io", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://me:geheim@127.0.0.1:1/blob?signature=geheim",
+        "ftp://me:geheim@127.0.0.1/blob?signature=geheim",
+        "http://me:geheim@[::1/blob",
+        "http://me:geheim@127.0.0.1:99999/blob",
+    ],
+)
+def test_no_secret_of_a_redirect_is_told(location: str) -> None:
+    with _serving(lambda handler: handler.reply(307, Location=location, Content_Length="0")) as host:
+        with pytest.raises(BackendError) as caught:
+            _repository(host).blob_size(DIGEST)
+        assert "127.0.0.1" in str(caught.value) and "geheim" not in str(caught.value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 
+import blake3
 import pytest
 
 from nydus.errors import FormatError
@@ -73,11 +75,8 @@ def test_encryption_refuses() -> None:
 
 def test_digests() -> None:
     assert codec.crc32c(memoryview(b"123456789")) == 0xE3069283
-    for kind in Digester:
-        running = codec.hasher(kind)
-        running.update(b"a")
-        running.update(b"b")
-        assert running.digest() == codec.digest(kind, b"ab")
+    assert codec.digest(Digester.SHA256, b"ab") == hashlib.sha256(b"ab").digest()
+    assert codec.digest(Digester.BLAKE3, b"ab") == blake3.blake3(b"ab").digest()
 
 
 @pytest.mark.parametrize("size", [0, 511, 8 << 30, (8 << 30) - 1, 1 << 40])

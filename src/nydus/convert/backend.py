@@ -135,9 +135,6 @@ class BlobSink:
             raise
         return True
 
-    def has_manifest(self, reference: str) -> bool:
-        return False
-
     def mount_blob(self, digest: str, source: str) -> bool:
         return False
 

@@ -58,6 +58,11 @@ class Credentials:
         return cls(user, password.rstrip("\0"))
 
 
+def shown(url: str) -> str:
+    """An address as it may be printed: without a password, and without what a signed address ends with."""
+    return re.sub(r"//.*@", "//", url.partition("?")[0])[:400]
+
+
 def home() -> Path | None:
     """The user's home directory; None for a user without one, as in many containers."""
     try:
@@ -252,18 +257,18 @@ class Authorizer:
             parts = urlsplit(realm)
         except ValueError:
             raise BackendError(
-                f"{self._host}: bad realm {realm[:200]!r}", permanent=True, status=401
+                f"{self._host}: bad realm {shown(realm)!r}", permanent=True, status=401
             ) from None
         if parts.scheme != "https" and not (parts.scheme == "http" and self._allow_http):
             raise BackendError(
-                f"{self._host}: refused to ask for a token at {realm!r}: not https",
+                f"{self._host}: refused to ask for a token at {shown(realm)!r}: not https",
                 permanent=True,
                 status=401,
             )
         fields = {"service": service, "scope": scope}
         started = time.monotonic()
         status, body = self._exchange(realm, fields)
-        where = f"{self._host}: token server {parts.netloc}"
+        where = f"{self._host}: token server {urlsplit(shown(realm)).netloc}"
         if status != 200:
             words = error_words(body)
             raise BackendError(

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import urllib3
 
 from nydus.errors import BackendError
+from nydus.oci.auth import shown
 from nydus.oci.certificates import certificates
 from nydus.oci.model import Descriptor
 from nydus.oci.place import RegistryPlace, Source, SourcePlace, Stream, proxy_for
@@ -56,16 +57,18 @@ class ForeignBlob:
         for url in self._layer.urls:
             parts = urlsplit(url)
             if parts.scheme != "https" and not (plain_http and parts.scheme == "http"):
-                failure = BackendError(f"{url}: foreign layers are only read over https", permanent=True)
+                what = "foreign layers are only read over https"
+                failure = BackendError(f"{shown(url)}: {what}", permanent=True)
                 continue
             plain = parts.scheme == "http"
-            tls = certificates(parts.netloc)
+            host = parts.netloc.rpartition("@")[2]
+            tls = certificates(host)
             transport = Transport(
-                parts.netloc,
+                host,
                 plain_http=plain,
                 ca_certs=tls.ca,
                 client_certs=tls.client,
-                proxy=proxy_for(parts.scheme, parts.netloc),
+                proxy=proxy_for(parts.scheme, host),
             )
             try:
                 return transport, transport.attempt(lambda t=transport, u=url: _get(t, u))  # type: ignore[misc]
@@ -82,12 +85,12 @@ class ForeignBlob:
         self._position += len(data)
         layer = self._layer
         if self._position > layer.size:
-            raise BackendError(f"{layer.urls[0]}: larger than {layer.size} bytes", permanent=True)
+            raise BackendError(f"{shown(layer.urls[0])}: larger than {layer.size} bytes", permanent=True)
         if len(data) < size:
             found = f"{layer.digest.partition(':')[0]}:{self._hash.hexdigest()}"
             if found != layer.digest:
                 what = f"corrupted foreign layer: expected {layer.digest}, found {found}"
-                raise BackendError(f"{layer.urls[0]}: {what}", permanent=self._position == layer.size)
+                raise BackendError(f"{shown(layer.urls[0])}: {what}", permanent=self._position == layer.size)
         return data
 
     def close(self) -> None:

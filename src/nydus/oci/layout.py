@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from nydus.errors import BackendError, NydusError
+from nydus.errors import BackendError
 from nydus.oci import model
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import DIGEST
@@ -163,13 +163,6 @@ class LayoutReader:
             if error.status == 404:
                 return False
             raise
-        return True
-
-    def has_manifest(self, reference: str) -> bool:
-        try:
-            self.manifest(reference)
-        except NydusError:
-            return False
         return True
 
     def blob(self, digest: str, size: int | None = None) -> FileStream:

@@ -26,7 +26,7 @@ from urllib3.exceptions import (
 
 from nydus import __version__
 from nydus.errors import BackendError
-from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenges
+from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenges, shown
 from nydus.oci.connections import interrupted, watch
 
 T = TypeVar("T")
@@ -133,13 +133,13 @@ class Transport:
         except ValueError:  # brackets that do not match, or an impossible port
             usable = False
         if not usable or parts.scheme not in ("http", "https"):
-            raise BackendError(f"{self.host}: bad redirect to {location[:200]!r}", permanent=True)
+            raise BackendError(f"{self.host}: bad redirect to {shown(location)!r}", permanent=True)
         if parts.scheme == "http" and urlsplit(base).scheme == "https":
             if parts.hostname == urlsplit(base).hostname and parts.port in (None, 80, urlsplit(base).port):
                 port = f":{urlsplit(base).port}" if urlsplit(base).port else ""
                 return parts._replace(scheme="https", netloc=f"{parts.hostname}{port}").geturl()
             raise BackendError(
-                f"{self.host}: refused a redirect from https to {parts.netloc} over http", permanent=True
+                f"{self.host}: refused a redirect from https to {shown(found)!r} over http", permanent=True
             )
         return found
 
@@ -186,7 +186,7 @@ class Transport:
         except (HTTPError, OSError) as error:
             raise self.failure(error, url) from error
         except (ValueError, UnicodeError) as error:  # what urllib3 says of a URL that cannot be one
-            raise BackendError(f"{self.host}: bad address {url[:200]!r}: {error}", permanent=True) from error
+            raise BackendError(f"{self.host}: bad address {shown(url)!r}", permanent=True) from error
 
     def request(
         self,
@@ -329,7 +329,7 @@ class Transport:
             body = b""
         response.close()
         status = response.status
-        parts = urlsplit(url)
+        parts = urlsplit(shown(url))
         words = error_words(body) or response.reason or ""
         hint = ""
         if status == 401:
@@ -343,7 +343,7 @@ class Transport:
 
     def failure(self, error: Exception, url: str) -> BackendError:
         """The error for a request without an answer."""
-        host = urlsplit(url).netloc or self.host
+        host = urlsplit(shown(url)).netloc or self.host
         if isinstance(error, ProxyError):
             return BackendError(f"{host}: the proxy failed: {error.original_error}")
         if isinstance(error, NameResolutionError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import blake3
 import google_crc32c
@@ -27,21 +27,6 @@ ZSTD_LEVEL = 3
 _contexts = threading.local()
 # The stubs of isal call its error an instance, hence Any.
 _ERRORS: Any = (zstandard.ZstdError, lz4.block.LZ4BlockError, isal_zlib.error, ValueError, OverflowError)
-
-
-class Hasher(Protocol):
-    """The part of a hash object that both digesters share."""
-
-    def update(self, data: Any, /) -> Any: ...
-
-    def digest(self) -> bytes: ...
-
-    def hexdigest(self) -> str: ...
-
-
-def hasher(kind: Digester) -> Hasher:
-    """A fresh running hash with a 32-byte result."""
-    return blake3.blake3() if kind == Digester.BLAKE3 else hashlib.sha256()
 
 
 def digest(kind: Digester, data: Buffer) -> bytes:
