@@ -105,7 +105,10 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
                 counted.drain()
                 raise
             digest = f"sha256:{result.blob_digest}"
-            if job.options.recipients and result.blob:  # without a bootstrap it is named by its data
+            # In an image a blob is named by the digest of its layer; the builder names files by their data.
+            if job.options.oci_ref and result.blob:
+                result.blob.rafs_digest = bytes.fromhex(result.blob_digest)
+            elif job.options.recipients and result.blob:
                 result.blob.id = result.blob_digest
             upload.commit(digest)
             counted.tell(final=True)

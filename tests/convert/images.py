@@ -1,0 +1,108 @@
+"""Source images in a registry of the tests."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+from faulty import FaultyRegistry
+
+from nydus.oci import model
+from nydus.oci.place import RegistryPlace
+from nydus.oci.reference import parse
+from nydus.oci.registry import Registry
+
+
+def place(reference: str) -> RegistryPlace:
+    return RegistryPlace(parse(reference), plain_http=True)
+
+
+def docker_image(server: FaultyRegistry, source: str) -> RegistryPlace:
+    """The source as Docker's schema 2."""
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        text = repository.manifest("latest")[1].decode()
+        text = text.replace(model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP).replace(
+            model.OCI_CONFIG, model.DOCKER_CONFIG
+        )
+        document = {"schemaVersion": 2, "mediaType": model.DOCKER_MANIFEST, **json.loads(text)}
+        repository.put_manifest("docker", model.encode(document), model.DOCKER_MANIFEST)
+    return place(f"{server.host}/small:docker")
+
+
+def two_platforms(server: FaultyRegistry, source: str) -> RegistryPlace:
+    """An index of the source image for two platforms, with an attestation as BuildKit adds them."""
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        manifest = json.loads(repository.manifest("latest")[1])
+        entries = []
+        for architecture in ("amd64", "arm64"):
+            config = repository.document(
+                model.Descriptor(**{k: manifest["config"][k] for k in ("digest", "size")})
+            )
+            changed = repository.put_blob(config.replace(b"amd64", architecture.encode()), model.OCI_CONFIG)
+            manifest["config"] = json.loads(model.encode(changed))
+            stored = repository.put_manifest(
+                model.digest(model.encode(manifest)), model.encode(manifest), model.OCI_MANIFEST
+            )
+            entries.append(
+                {
+                    **json.loads(model.encode(stored)),
+                    "platform": {"architecture": architecture, "os": "linux"},
+                }
+            )
+        note = {
+            **entries[0],
+            "platform": {"architecture": "unknown", "os": "unknown"},
+            "annotations": {"vnd.docker.reference.type": "attestation-manifest"},
+        }
+        index = {"schemaVersion": 2, "mediaType": model.OCI_INDEX, "manifests": [*entries, note]}
+        repository.put_manifest("two", model.encode(index), model.OCI_INDEX)
+    return place(f"{server.host}/small:two")
+
+
+def no_tag(server: FaultyRegistry) -> bool:
+    with Registry(server.host, plain_http=True) as registry:
+        if registry.repository("small").has_manifest("nydus"):
+            return False
+    deadline = time.monotonic() + 3  # the last request of a worker that was ended may still be answered
+    while list(server.store.uploads.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not list(server.store.uploads.iterdir())
+
+
+def source_layer(server: FaultyRegistry, number: int = 1) -> Path:
+    with Registry(server.host, plain_http=True) as registry:
+        manifest = json.loads(registry.repository("small").manifest("latest")[1])
+    return server.store.blobs / manifest["layers"][number]["digest"].partition(":")[2]
+
+
+def layer_of(*names: str, mode: int = 0o755) -> bytes:
+    """A gzip tar of empty files and (with a slash at the end) directories."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name.rstrip("/"))
+            entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            entry.mode, entry.uid, entry.mtime = mode, 7, 1234567
+            archive.addfile(entry)
+    return buffer.getvalue()
+
+
+def put_image(server: FaultyRegistry, tag: str, *layers: bytes) -> RegistryPlace:
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        diff_ids = [model.digest(gzip.decompress(layer)) for layer in layers]
+        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        manifest = model.Manifest(
+            schema_version=2,
+            media_type=model.OCI_MANIFEST,
+            config=repository.put_blob(model.encode(config), model.OCI_CONFIG),
+            layers=tuple(repository.put_blob(layer, model.OCI_LAYER_GZIP) for layer in layers),
+        )
+        repository.put_manifest(tag, model.encode(manifest), model.OCI_MANIFEST)
+    return place(f"{server.host}/small:{tag}")

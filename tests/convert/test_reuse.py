@@ -1,0 +1,133 @@
+"""What was converted before is not converted again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import load
+from faulty import FaultyRegistry
+from images import place
+
+from nydus.convert.image import image
+from nydus.convert.options import ConvertOptions
+from nydus.errors import NydusError
+from nydus.oci import model
+
+pytestmark = pytest.mark.vectors
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_layers_are_not_converted_again(
+    server: FaultyRegistry, source: str, tmp_path: Path, version: int
+) -> None:
+    options = ConvertOptions(fs_version=version, record=tmp_path / "record")
+    first = image(place(source), place(f"{server.host}/small:nydus"), options)
+    for target in ("small:again", "linked:v1"):
+        server.seen.clear()
+        again = image(place(source), place(f"{server.host}/{target}"), options)
+        assert [layer.reused for layer in again.layers] == [True] * 3
+        assert again.descriptor.digest == first.descriptor.digest
+        assert not server.paths("PATCH")
+    with FaultyRegistry(tmp_path / "other") as other:  # where the blobs are not
+        moved = image(place(source), place(f"{other.host}/small:nydus"), options)
+        assert not any(layer.reused for layer in moved.layers)
+        assert moved.descriptor.digest == first.descriptor.digest
+    changed = ConvertOptions(fs_version=version, record=tmp_path / "record", compressor="none")
+    assert not any(
+        layer.reused for layer in image(place(source), place(f"{server.host}/s:t"), changed).layers
+    )
+
+
+def test_a_record_that_is_not_true_is_not_believed(
+    server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record")
+    first = image(place(source), place(f"{server.host}/small:nydus"), options)
+    files = sorted(path for path in (tmp_path / "record").rglob("*") if path.is_file())
+    contents = [path.read_bytes() for path in files]
+    for path, other in zip(files, [*contents[1:], b"garbage"], strict=True):
+        path.write_bytes(other)
+    again = image(place(source), place(f"{server.host}/small:again"), options)
+    assert not any(layer.reused for layer in again.layers)
+    assert again.descriptor.digest == first.descriptor.digest
+    shutil.rmtree(tmp_path / "record/images")  # what it says of the whole image is true now
+    for path in (path for path in files if path.exists()):
+        path.write_bytes(path.read_bytes().replace(b'"bootstrap":"', b'"bootstrap":"00'))
+    again = image(place(source), place(f"{server.host}/small:again"), options)
+    assert not any(layer.reused for layer in again.layers)
+    assert again.descriptor.digest == first.descriptor.digest
+
+
+def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    from nydus.convert.cache import BuildCache
+
+    def convert(tag: str, options: ConvertOptions, version: str = "v1", most: int = 200) -> list[bool]:
+        cache = BuildCache(place(f"{server.host}/cache:c"), version, most)
+        result = image(place(source), place(f"{server.host}/{tag}"), options, cache=cache)
+        return [layer.reused for layer in result.layers]
+
+    def cached() -> list[dict[str, object]]:
+        return list(load(place(f"{server.host}/cache:c").open(), "c")["layers"])
+
+    assert convert("small:a", ConvertOptions()) == [False] * 3
+    document = load(place(f"{server.host}/cache:c").open(), "c")
+    assert document["config"]["content"] == {} and document["annotations"] == {
+        model.NYDUS_CACHE_VERSION: "v1"
+    }
+    assert convert("other:b", ConvertOptions()) == [True] * 3
+    assert len(cached()) == 3
+    # Keyed by all parameters
+    assert convert("small:c", ConvertOptions(fs_version=5)) == [False] * 3
+    assert len(cached()) == 6
+    assert convert("small:d", ConvertOptions()) == [True] * 3
+    assert convert("small:e", ConvertOptions(), "v2") == [False] * 3
+    assert len(cached()) == 3
+    assert convert("small:f", ConvertOptions(batch_size=0x10000), "v2", most=4) == [False] * 3
+    assert len(cached()) == 4
+    with pytest.raises(NydusError, match="is not a build cache"):
+        image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))
+
+
+def test_a_build_cache_with_everything_else(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
+    """Each kind of conversion has its own entries, and gives with them what it gives without."""
+    from nydus.convert.backend import FolderPlace
+    from nydus.convert.cache import BuildCache
+
+    dictionary = place(f"{server.host}/dictionary:v1")
+    image(place(source), dictionary, ConvertOptions(prefetch=()))
+
+    with FaultyRegistry(tmp_path / "caches") as other:  # nothing can be linked from there
+        kinds: dict[str, tuple[ConvertOptions, dict[str, Any]]] = {
+            "plain": (ConvertOptions(), {}),
+            "ref": (ConvertOptions(oci_ref=True), {}),
+            "dictionary": (ConvertOptions(), {"dictionary": dictionary}),
+            "backend": (ConvertOptions(), {}),
+            "v5": (ConvertOptions(fs_version=5), {}),
+        }
+        for kind, (options, more) in kinds.items():
+            digests, sizes = [], []
+            for run, reused in (("one", False), ("two", True)):
+                target = place(f"{server.host}/{kind}-{run}:nydus")
+                if kind == "backend":
+                    more = {"backend": FolderPlace(tmp_path / kind / run)}
+                cache = BuildCache(place(f"{other.host}/cache:c"))
+                result = image(place(source), target, options, cache=cache, **more)
+                # The blobs of the plain conversion serve those into a backend, too.
+                expected = [reused or kind == "backend"] * 3
+                assert [layer.reused for layer in result.layers] == expected, kind
+                digests.append(result.descriptor.digest)
+                if kind == "backend":
+                    sizes.append(sorted(path.stat().st_size for path in (tmp_path / kind / run).iterdir()))
+                else:
+                    for layer in load(target.open(), "nydus")["layers"]:
+                        assert target.open().has_blob(layer["digest"])
+            assert digests[0] == digests[1], kind
+            assert len(sizes) in (0, 2) and len(set(map(str, sizes))) < 2
+        image(place(source), place(f"{server.host}/ref-fresh:nydus"), ConvertOptions(oci_ref=True))
+        fresh, cached = (
+            place(f"{server.host}/ref-{name}:nydus").open().manifest("nydus")[0] for name in ("fresh", "two")
+        )
+        assert fresh == cached
