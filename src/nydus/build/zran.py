@@ -338,7 +338,8 @@ def seal_reference(
     if options.toc and out.size:
         result.toc_digest, result.toc_size = sections.contents()
     result.seal(out)
-    info.rafs_digest, info.rafs_size = out.digest.digest(), out.size
+    # The name of the file, which leaves out the digest array (rafs.md 3.7).
+    info.rafs_digest, info.rafs_size = out.name.digest(), out.size
     if options.inline_meta:
         # What the reference's converter says of the blob when it merges (rafs.md 4.3).
         info.toc_digest = sections.entries_digest()
