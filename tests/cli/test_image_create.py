@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -321,3 +322,15 @@ def test_half_a_build_leaves_nothing(archive: Path, tmp_path: Path) -> None:
     target.mkdir()
     run("create", "-t", "targz-rafs", "-B", target / "boot", "-D", target, cut, code=1)
     assert blobs(target) == []
+
+
+@pytest.mark.parametrize("features", [(), ("--features", "blob-toc")])
+@pytest.mark.parametrize("kind", ["targz-ref", "estargz-ref"])
+def test_tables_of_a_reference_are_found(
+    archive: Path, tmp_path: Path, kind: str, features: tuple[str, ...]
+) -> None:
+    """The bootstrap names the file that lies in the directory."""
+    layer = tmp_path / hashlib.sha256(archive.read_bytes()).hexdigest()
+    layer.write_bytes(archive.read_bytes())
+    run("create", "-t", kind, "-B", tmp_path / "boot", "-D", tmp_path, *features, archive)
+    run("check", tmp_path / "boot", "-D", tmp_path)
