@@ -75,6 +75,7 @@ def _run(inspector: Inspector, request: str | None) -> None:
         try:
             line = input()
         except EOFError:
+            click.echo()
             return
         if line.strip() in ("exit", "q"):
             return
