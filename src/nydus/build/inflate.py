@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,8 @@ _AT_BLOCK, _LAST_BLOCK = 128, 64
 WINDOW = 32768
 #: Plain bytes that go into one buffer, besides the window before them.
 _BUFFER = 2 << 20
+#: Up to so many plain bytes are inflated without letting other threads run: some 100 µs.
+_LITTLE = 64 << 10
 #: A gzip header with a name or comment beyond this is refused.
 _MAX_HEADER = 1 << 16
 
@@ -49,12 +50,19 @@ class _Stream(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of a zlib, all of which take a pointer to a :class:`_Stream`."""
+    """The functions of a zlib, all of which take the address of a :class:`_Stream`.
 
-    start: Callable[[Any], int]
-    inflate: Callable[[Any, int], int]
-    reset: Callable[[Any], int]
-    end: Callable[[Any], int]
+    Attributes:
+        inflate: other threads run meanwhile.
+        inflate_little: other threads wait: handing the interpreter over and back can take longer than to
+            inflate some KiB.
+    """
+
+    start: Callable[[int], int]
+    inflate: Callable[[int, int], int]
+    inflate_little: Callable[[int, int], int]
+    reset: Callable[[int], int]
+    end: Callable[[int], int]
 
 
 @cache
@@ -63,31 +71,31 @@ def zlib_ng() -> Library | None:
     from zlib_ng import zlib_ng as module
 
     try:
-        library = ctypes.CDLL(module.__file__)
-        start = library.zng_inflateInit2
-        functions = library.zng_inflate, library.zng_inflateReset, library.zng_inflateEnd
+        return _library(module.__file__, "zng_inflate", "zng_inflateInit2")
     except (OSError, AttributeError):
         return None
-    functions[0].argtypes = start.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    functions[1].argtypes = functions[2].argtypes = [ctypes.c_void_p]
-    return Library(lambda stream: int(start(stream, -15)), *functions)
 
 
 @cache
 def zlib() -> Library:
     """The system's zlib."""
     try:
-        library = ctypes.CDLL("libz.so.1")
+        return _library("libz.so.1", "inflate", "inflateInit2_", b"1", ctypes.sizeof(_Stream))
     except OSError:
         raise NydusError("indexing gzip layers needs zlib-ng or the system's zlib (libz.so.1)") from None
-    start = library.inflateInit2_
-    functions = library.inflate, library.inflateReset, library.inflateEnd
-    start.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-    functions[0].argtypes = [ctypes.c_void_p, ctypes.c_int]
-    functions[1].argtypes = functions[2].argtypes = [ctypes.c_void_p]
-    library.zlibVersion.restype = ctypes.c_char_p
-    version, size = library.zlibVersion(), ctypes.sizeof(_Stream)
-    return Library(lambda stream: int(start(stream, -15, version, size)), *functions)
+
+
+def _library(path: str, prefix: str, start: str, *version: bytes | int) -> Library:
+    """Load a library; ``version`` is what the caller of zlib was compiled for, of which 1 is compared."""
+    free, held = ctypes.CDLL(path), ctypes.PyDLL(path)
+    begin, reset, end = free[start], free[f"{prefix}Reset"], free[f"{prefix}End"]
+    inflate, inflate_little = free[prefix], held[prefix]
+    for function in (inflate, inflate_little):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    reset.argtypes = end.argtypes = [ctypes.c_void_p]
+    return Library(
+        lambda stream: int(begin(ctypes.c_void_p(stream), -15, *version)), inflate, inflate_little, reset, end
+    )
 
 
 @dataclass(slots=True)
@@ -143,7 +151,6 @@ class GzipWindow:
         self._crc = 0
         self._dictionary: bytes | None = None
         self._library = library or zlib_ng() or zlib()
-        self._inflate_block = self._library.inflate
         self._stream = _Stream()
         self._address = ctypes.addressof(self._stream)
         if self._library.start(self._address):
@@ -234,7 +241,8 @@ class GzipWindow:
             self._use_buffer(self._view[max(0, used - WINDOW) : used], max(size, _BUFFER))
         if not size or self._ended:
             return 0
-        stream, inflate, address = self._stream, self._inflate_block, self._address
+        stream, address = self._stream, self._address
+        inflate = self._library.inflate if size > _LITTLE else self._library.inflate_little
         end = self._out + size
         stream.avail_out = left = size
         while left:
