@@ -309,3 +309,25 @@ def test_skopeo_reads_and_writes_the_embedded_registry(
     assert json.loads(skopeo("list-tags", "--tls-verify=false", f"docker://{server.host}/x/y"))["Tags"] == [
         "v1"
     ]
+
+
+def test_what_a_check_leaves(nydusify: Nydusify, source: str, tmp_path: Path) -> None:
+    """Scripts look for these files; older ones in the work folder itself."""
+    nydus = f"{source}-nydus"
+    merged = ("--merge-platform", "--platform", "linux/amd64")
+    assert nydusify("convert", "--source", source, "--target", nydus, "--plain-http", *merged).returncode == 0
+    output = tmp_path / "cwd/output"
+    for more in (("--source", source), ()):
+        done = nydusify("check", "--target", nydus, "--plain-http", "--no-mount", *more)
+        assert done.returncode == 0, done.stderr
+        found = {path.name for path in (output / "target").iterdir()}
+        documents = {
+            f"{kind}_{what}.json" for kind in ("oci", "nydus") for what in ("index", "manifest", "config")
+        }
+        assert found == {*documents, "nydus_output.json", "nydus_bootstrap"}
+        report = json.loads((output / "nydus_bootstrap_debug.json").read_text())
+        assert report["fs_version"] == "6" and len(report["blobs"]) == 3
+        assert (output / "nydus_bootstrap").read_bytes()[1024:1028] == bytes.fromhex("e2e1f5e0")
+        assert json.loads((output / "nydus_manifest.json").read_text())["layers"]
+        assert (output / "oci_manifest.json").exists() == bool(more)
+        assert len(list((output / "source").iterdir())) == 2 * bool(more)

@@ -72,6 +72,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     All documents, blobs and chunks are read and verified. With a source, the two file systems are compared in
     everything; the image is mounted for that, which needs root.
     """
+    from nydus.cli.nydusify_check_files import complete
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
@@ -130,6 +131,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         with progress_for(log) as progress:
             platform = one_platform(values["platform"])
             report = run(target, source, platform, work_dir, progress, mounted, places[0], places[1], keys)
+        complete(work_dir)
         document = {**dataclasses.asdict(report), "verified": True}
         for warning in report.warnings:
             log.warning(warning)

@@ -60,6 +60,7 @@ class Side:
         nydus, oci: what it has of the wanted platform; a merged index has both.
         files: of the bootstrap layer.
         tree: of the bootstrap.
+        index: the document that names the manifests, b"" if there is none.
         blobs: the storage backend of an image whose blobs are in one.
     """
 
@@ -70,7 +71,11 @@ class Side:
     oci: Image | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     tree: Tree | None = None
+    index: bytes = b""
     blobs: BackendPlace | None = None
+
+    def count(self, report: Report, rule: str, number: int = 1) -> None:
+        report.count(rule if self.name == "target" else f"{self.name} {rule}", number)
 
     def image(self) -> Image:
         found = self.nydus or self.oci
@@ -83,7 +88,7 @@ class Report:
     """What was verified.
 
     Attributes:
-        checks: rule -> number of things that it held for.
+        checks: rule -> number of things that it held for; ``source …`` are those of the source.
     """
 
     target: str
@@ -143,6 +148,8 @@ def check(
         raise CheckError(
             "manifest", "target", f"{target} is not a Nydus image: its last layer is no bootstrap"
         )
+    for name in ("source", "target"):
+        _forget(work_dir / name)
     for side in sides:
         _dump(side, work_dir / side.name, progress, keys)
     for side in sides:
@@ -201,9 +208,20 @@ def _parse(name: str, place: SourcePlace, platform: Platform | None) -> Side:
         if index is not None and given and (given.os, given.architecture) != (config.os, config.architecture):
             what = f"the config is for {config.platform}, the index says {given}"
             raise CheckError("manifest", name, what)
+    if index is not None:
+        _, side.index = side.reader.manifest(place.target)
     if index is not None and side.oci and side.nydus is None and name == "target":
         raise CheckError("manifest", name, f"the index has no Nydus image for {platform or host_platform()}")
     return side
+
+
+def _forget(folder: Path) -> None:
+    """Removes what an earlier check left in a folder, and nothing else."""
+    for kind in ("oci", "nydus"):
+        for what in ("index", "manifest", "config", "output"):
+            (folder / f"{kind}_{what}.json").unlink(missing_ok=True)
+    if (folder / "nydus_bootstrap").is_dir():
+        shutil.rmtree(folder / "nydus_bootstrap")
 
 
 def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> None:
@@ -212,6 +230,8 @@ def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> 
         if found is None:
             continue
         progress.note("dumping manifest", image=side.place, type=kind)
+        if side.index:
+            (folder / f"{kind}_index.json").write_bytes(_indented(side.index))
         (folder / f"{kind}_manifest.json").write_bytes(_indented(found.raw_manifest))
         (folder / f"{kind}_config.json").write_bytes(_indented(found.raw_config))
     if side.nydus is None:
@@ -233,11 +253,8 @@ def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> 
             side.name,
             f"wrong diff id of the bootstrap layer: config has {wanted}, it is {diff_id}",
         )
-    target = folder / "nydus_bootstrap"
-    if target.is_dir():
-        shutil.rmtree(target)
     for name, data in side.files.items():
-        path = target / name
+        path = folder / "nydus_bootstrap" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
@@ -256,7 +273,7 @@ def _check_manifest(side: Side, found: Image, report: Report) -> None:
             f"invalid diff ids in image config: {len(diff_ids)} (diff ids) != {len(manifest.layers)} (layers)"
         )
     if found is not side.nydus:
-        report.count("manifest", len(manifest.layers))
+        side.count(report, "manifest", len(manifest.layers))
         return
     last = manifest.layers[-1]
     if last.annotations.get(model.NYDUS_BOOTSTRAP) != "true":
@@ -270,7 +287,7 @@ def _check_manifest(side: Side, found: Image, report: Report) -> None:
             raise wrong(f"layer {number} has no annotation that says it is a Nydus blob")
         if diff_id != layer.digest:
             raise wrong(f"layer {number}: its diff id {diff_id} is not its digest {layer.digest}")
-    report.count("manifest", len(manifest.layers))
+    side.count(report, "manifest", len(manifest.layers))
 
 
 def _compare_configs(source: Side, target: Side, report: Report) -> None:
@@ -352,7 +369,7 @@ def _check_bootstrap(side: Side, report: Report) -> None:
         blob_id = name.removeprefix("image/").removesuffix(".blob.meta")
         if name.endswith(".blob.meta") and blob_id not in sizes:
             raise wrong(f"{name} belongs to no layer")
-    report.count("bootstrap", len(tree))
+    side.count(report, "bootstrap", len(tree))
 
 
 def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
@@ -382,8 +399,8 @@ def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
                 raise CheckError("blob", side.name, error) from error
             except OSError as error:
                 raise NydusError(f"{path}: {error.strerror}") from error
-            report.count("blobs")
-            report.count("blob bytes", path.stat().st_size)
+            side.count(report, "blobs")
+            side.count(report, "blob bytes", path.stat().st_size)
     _check_contents(side, folder, report)
     _check_metas(side, folder, report)
 
@@ -413,7 +430,7 @@ def _check_contents(side: Side, folder: Path, report: Report) -> None:
                 found = check_contents(read, size, where, listed=name in listed, encrypted=name in encrypted)
             except FormatError as error:
                 raise CheckError("blob", side.name, error) from error
-        report.count("sections", found)
+        side.count(report, "sections", found)
 
 
 def _check_halves(side: Side, files: Listing, report: Report) -> None:
@@ -455,7 +472,7 @@ def _check_metas(side: Side, folder: Path, report: Report) -> None:
                     raise FormatError("is not the table of the blob", where=f"image/{name}.blob.meta")
             except FormatError as error:
                 raise CheckError("bootstrap", side.name, error) from error
-        report.count("chunk tables")
+        side.count(report, "chunk tables")
 
 
 def _listing(side: Side, folder: Path) -> Listing:

@@ -1,0 +1,45 @@
+"""The files that scripts look for in the work folder of ``nydusify check``, besides the documents."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from nydus.build.bootstrap import load
+from nydus.cli import image_options
+from nydus.cli.image_options import Trace
+from nydus.convert.documents import BOOTSTRAP
+
+#: Where version 2.2 of the reference had what newer ones have in a folder for each image.
+_FLAT = {
+    "nydus_manifest.json": "target/nydus_manifest.json",
+    "nydus_config.json": "target/nydus_config.json",
+    "nydus_bootstrap": f"target/nydus_bootstrap/{BOOTSTRAP}",
+    "nydus_bootstrap_debug.json": "target/nydus_output.json",
+    "oci_manifest.json": "source/oci_manifest.json",
+    "oci_config.json": "source/oci_config.json",
+}
+
+
+def complete(work_dir: Path) -> None:
+    """Adds what ``nydus-image check`` says of each bootstrap, and links in the place of older versions.
+
+    Raises:
+        OSError: a file cannot be written. NydusError: a bootstrap cannot be read.
+    """
+    for folder in (work_dir / "source", work_dir / "target"):
+        path = folder / "nydus_bootstrap" / BOOTSTRAP
+        if not path.is_file():
+            continue
+        trace = Trace()
+        with trace.time("load_tree_from_bootstrap"):
+            tree = load(str(path))
+        document = image_options.result(tree, str(path), [blob.id for blob in tree.blobs], trace)
+        image_options.write_result(str(folder / "nydus_output.json"), document, indent=None)
+    for name, place in _FLAT.items():
+        link = work_dir / name
+        if link.is_symlink():
+            link.unlink()
+        if (work_dir / place).exists():
+            with suppress(FileExistsError):  # something of the user's
+                link.symlink_to(place)
