@@ -1,6 +1,6 @@
 """Images for everything that reads through fsspec: pandas, dask, pyarrow and friends.
 
-fsspec.open("nydus://etc/os-release::bootstrap")
+fsspec.open("nydus://etc/os-release::./bootstrap")
 pandas.read_csv("nydus://data/table.csv::s3://bucket/bootstrap", storage_options={"s3": {...}})
 fsspec.filesystem("nydus", fo="bootstrap", blobs="blobs/").ls("/")
 """

@@ -32,7 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_url(folder: Path) -> None:
+def test_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with fsspec.open("nydus://data/table.csv::./boot", "rt") as file:
+        assert file.read() == "a,b\n1,2\n"
     with fsspec.open(f"nydus://data/table.csv::{folder}/boot", "rt") as file:
         assert file.read() == "a,b\n1,2\n"
     with fsspec.open(f"nydus:///current/link.csv::file://{folder}/boot") as file:
