@@ -106,12 +106,13 @@ def _read_bootstrap(info: Info, found: Image, reader: Source, keys: Sequence[JWK
     nodes = tree.nodes
     owners = nodes[nodes["link"] == np.arange(len(nodes))]
     regular = owners[owners["mode"] & 0o170000 == 0o100000]
-    places = np.unique(tree.chunks[["blob_index", "index"]]) if len(tree.chunks) else tree.chunks
-    stored = sum(blob.uncompressed_size for blob in tree.blobs)
+    chunks = tree.chunks
+    if len(chunks):
+        chunks = chunks[np.unique(chunks[["blob_index", "index"]], return_index=True)[1]]
     info.fs_version, info.entries, info.files = tree.version, len(tree), len(regular)
     info.file_size = int(regular["size"].sum())
-    info.shared_size = max(0, info.file_size - stored)
-    info.chunks, info.chunk_size = len(places), tree.chunk_size
+    info.shared_size = max(0, info.file_size - int(chunks["usize"].sum(dtype=np.int64)))
+    info.chunks, info.chunk_size = len(chunks), tree.chunk_size
     info.compressor = ", ".join(sorted({blob.compression.name.lower() for blob in tree.blobs})) or "none"
     info.bootstrap_size = len(files[BOOTSTRAP])
     info.prefetch = [tree.path(row).decode(errors="replace") for row in tree.prefetch]
