@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,3 +332,21 @@ def test_what_a_check_leaves(nydusify: Nydusify, source: str, tmp_path: Path) ->
         assert json.loads((output / "nydus_manifest.json").read_text())["layers"]
         assert (output / "oci_manifest.json").exists() == bool(more)
         assert len(list((output / "source").iterdir())) == 2 * bool(more)
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
+def test_one_of_several_images_in_an_archive(nydusify: Nydusify, vectors: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "images"
+    for name in ("one", "two"):
+        command = ["skopeo", "copy", "-q", f"oci-archive:{vectors}/oci/source.tar", f"oci:{layout}:{name}"]
+        subprocess.run(command, check=True)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for path in sorted(layout.rglob("*")):
+            archive.add(path, str(path.relative_to(layout)), recursive=False)
+    for place in (layout, tmp_path / "images.tar"):
+        found = nydusify("info", "--target-archive", f"{place}:two")
+        assert found.returncode == 0 and "an ordinary OCI image" in found.stdout, found.stderr
+        message = one_fatal_line(nydusify("info", "--target-archive", f"{place}:three"))
+        assert "no image 'three'; it has one, two" in message
+    done = nydusify("copy", "--source", f"file://{layout}:two", "--target", "file://two.tar")
+    assert done.returncode == 0, done.stderr

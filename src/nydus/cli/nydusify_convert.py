@@ -138,7 +138,7 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 
 
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
-    from nydus.cli.nydusify_places import new_archive, platforms, source_registry
+    from nydus.cli.nydusify_places import archive_place, new_archive, platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
@@ -146,7 +146,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.convert.reuse import default_folder
     from nydus.convert.reverse import reverse
     from nydus.oci.encryption import private_keys
-    from nydus.oci.place import ArchivePlace, LayoutPlace, SinkPlace, SourcePlace, registry_place
+    from nydus.oci.place import SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
 
     for name in _NOT_YET:
@@ -173,8 +173,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         log.warning("--docker-v2-format is deprecated")
     source: SourcePlace
     if values["source_archive"]:
-        path = Path(values["source_archive"])
-        source = (LayoutPlace if path.is_dir() else ArchivePlace)(path, name=str(reference))
+        source = archive_place(values["source_archive"], str(reference))
     elif stored:
         source = stored
     else:

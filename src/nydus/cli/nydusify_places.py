@@ -14,7 +14,7 @@ from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.oci.model import Platform
-    from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
+    from nydus.oci.place import ArchivePlace, LayoutPlace, RegistryPlace, SourcePlace
     from nydus.oci.reference import Reference
 
 
@@ -23,21 +23,18 @@ def source_place(
 ) -> SourcePlace:
     """The image that ``--source``/``--target`` or the ``-archive`` option of the same name say.
 
-    An archive may be a tar file or the folder of an OCI layout; ``containerd://NAMESPACE/REFERENCE`` is an
-    image in containerd's content store.
+    ``containerd://NAMESPACE/REFERENCE`` is an image in containerd's content store; for archives see
+    :func:`archive_place`.
 
     Raises:
         ConfigError: neither is given, or the reference is wrong.
     """
-    from nydus.oci.place import ArchivePlace, LayoutPlace
     from nydus.oci.reference import parse
 
     if reference and reference.startswith("file://"):
         archive, reference = reference.removeprefix("file://"), None
     if archive:
-        path = Path(archive)
-        name = str(parse(reference)) if reference else ""
-        return LayoutPlace(path, name=name) if path.is_dir() else ArchivePlace(path, name=name)
+        return archive_place(archive, str(parse(reference)) if reference else "")
     if not reference:
         raise ConfigError(f"--{option} or --{option}-archive is needed")
     if reference.startswith("containerd://"):
@@ -45,6 +42,20 @@ def source_place(
 
         return containerd_place(reference)
     return source_registry(parse(reference), plain_http=plain_http, insecure=insecure)
+
+
+def archive_place(text: str, name: str = "") -> LayoutPlace | ArchivePlace:
+    """The image in a tar file or an OCI layout folder; of several, the one that ``PATH:NAME`` names.
+
+    Args:
+        name: what it is called in messages and annotations; the path if empty.
+    """
+    from nydus.oci.place import ArchivePlace, LayoutPlace
+
+    colons = [place for place, letter in enumerate(text) if letter == ":"]
+    end = next((end for end in (len(text), *colons) if Path(text[:end]).exists()), len(text))
+    path = Path(text[:end])
+    return (LayoutPlace if path.is_dir() else ArchivePlace)(path, text[end + 1 :], name)
 
 
 #: Set by the option ``--hosts-dir``: directory of the ``hosts.toml`` files that say where to read images.

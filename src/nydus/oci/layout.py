@@ -21,6 +21,8 @@ from nydus.oci.reference import DIGEST
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
+#: How many images of an archive an error names.
+_TOLD = 20
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 
@@ -131,9 +133,11 @@ class LayoutReader:
             names = (REF_NAME, IMAGE_NAME)
             entries = tuple(e for e in entries if reference in (e.annotations.get(name) for name in names))
         if len({entry.digest for entry in entries}) != 1:
-            wanted = f"the image {reference!r}" if reference else "exactly one image"
-            message = f"{self}: expected {wanted}, found {len(entries)}"
-            raise BackendError(message, permanent=True, status=404)
+            every = [entry.annotations for entry in self.index().manifests]
+            called = [each.get(REF_NAME) or each.get(IMAGE_NAME) or "one without a name" for each in every]
+            what = f"no image {reference!r}" if reference else "which image? (PATH:NAME)"
+            there = f"it has {', '.join(sorted(called)[:_TOLD])}" if called else "it has none"
+            raise BackendError(f"{self}: {what}; {there}", permanent=True, status=404)
         data = self._document(entries[0].digest, model.MAX_DOCUMENT)
         if len(data) != entries[0].size:
             message = f"{self}: {entries[0].digest}: expected {entries[0].size} bytes, found {len(data)}"
