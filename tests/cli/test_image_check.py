@@ -83,6 +83,23 @@ def test_check_names_damage_of_the_bootstrap(vectors: Path, tmp_path: Path) -> N
     assert run("check").exit_code == 2
 
 
+def test_check_compares_bootstrap_and_blob(vectors: Path, tmp_path: Path) -> None:
+    """What readers never look at, as they have it from elsewhere, must be right, too."""
+    folder = vectors / "v6-dir-zstd"
+    data = (folder / "bootstrap").read_bytes()
+    table, _ = rafs.superblock(data).chunk_table
+    for field, message in (
+        (40, "stored size of chunk"), (48, "stored offset of chunk"), (76, "has the wrong checksum"),
+    ):  # fmt: skip
+        out = bytearray(data)
+        out[table + 80 * 7 + field] ^= 1
+        (tmp_path / "boot").write_bytes(out)
+        assert run("check", tmp_path / "boot").exception is None, "only the blob can tell"
+        result = run("check", tmp_path / "boot", "-D", folder / "blobs")
+        assert isinstance(result.exception, NydusError) and str(result.exception).endswith(": 1 problem")
+        assert message in result.stderr
+
+
 def test_check_verbose(vectors: Path) -> None:
     lines = run("check", "-v", vectors / "merge-v6" / "bootstrap").stdout.splitlines()
     assert lines[0] == (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from nydus import rafs
 from nydus.rafs import v6
+from nydus.rafs.model import BlobFeature
 from nydus.rafs.v6 import layout
 from nydus.rafs.verify import verify
 from rafs.test_tree import KITCHEN
@@ -61,6 +63,8 @@ def test_fields_of_v6() -> None:
         (root + 8, bytes([data[root + 8] + 1]), "size of a directory at offset"),
         (layout.DEVICE_OFFSET + 64, b"\1\0\0\0", "blocks of device 0 at offset 0x5c0"),
         (layout.DEVICE_OFFSET + 68, b"\1\0\0\0", "mapped address of device 0 at offset 0x5c4"),
+        (layout.SUPER_OFFSET + 36, b"\xff", "blocks of the super block at offset 0x424"),
+        (layout.SUPER_OFFSET + 80, b"\x08", "incompat of the super block at offset 0x450 (expected 12"),
         (table, b"\xff\xff", "the chunk table is not sorted, or lacks a chunk"),
         (table + 64, b"\1\1\1\1", "file_offset of a chunk record"),
     ):
@@ -90,6 +94,20 @@ def test_overlap() -> None:
             data[head.meta_offset + 32 * nid + 2] = 255
     _, problems = verify(bytes(data), "overlap")
     assert problems
+
+
+def test_fields_of_v5() -> None:
+    tree = make(KITCHEN, 5)
+    tree.blobs = [dataclasses.replace(blob, features=BlobFeature.CAP_TAR_TOC) for blob in tree.blobs]
+    data = rafs.write(tree)
+    assert verify(data)[1] == []
+    reader = rafs.v5.reader.Reader(rafs.Buffer(data), rafs.superblock(data))
+    row = reader.tree().find(b"/short")
+    assert row is not None
+    place = int(reader.places[row])
+    for offset, text in ((56, "project id"), (72, "block count"), (82, "unknown flags"), (92, "child index")):
+        problems = damage(data, place + offset, b"\x63")
+        assert any(problem.startswith(f"damaged: {text}") for problem in problems), (text, problems)
 
 
 def test_digests_of_v5() -> None:

@@ -15,6 +15,7 @@ from nydus.errors import BackendError, FormatError, NydusError
 
 if TYPE_CHECKING:
     from nydus.image import Image
+    from nydus.rafs.blobmeta import ChunkMap
     from nydus.rafs.model import Array, BlobInfo, Tree
     from nydus.storage.backend import Backend
 
@@ -108,6 +109,7 @@ def verify_blob(image: Image, backend: Backend, index: int) -> Iterator[NydusErr
     blind = int((~proven & np.isin(rows, mine["index"])).sum())
     if blind and not blob.features & BlobFeature.TARFS:
         log.warning("blob %s: the image has neither digest nor checksum of %d chunks", blob.id, blind)
+    yield from _wrong_records(image, index, chunks)
     for found, problem in enumerate(_bad_chunks(image, index, rows)):
         if found >= _EACH or isinstance(problem, BackendError):
             yield _named(problem, blob)
@@ -146,21 +148,52 @@ def _verify_object(backend: Backend, blob: BlobInfo) -> Iterator[NydusError]:
             yield FormatError("wrong digest of the RAFS blob", where=name, found=digest.hexdigest())
 
 
+def _wrong_records(image: Image, index: int, chunks: ChunkMap) -> Iterator[NydusError]:
+    """What the bootstrap says of stored chunks must be what the blob's own table says."""
+    import numpy as np
+
+    from nydus.rafs.model import ChunkFlag
+
+    mine = image.tree.chunks[image.tree.chunks["blob_index"] == index]
+    mine = mine[np.unique(mine["index"], return_index=True)[1]]
+    rows = mine["index"].astype(np.int64)
+    # Chunks in contexts have no place of their own, and images may have no table of chunks.
+    alone = (chunks.flags[rows] & int(ChunkFlag.BATCH | ChunkFlag.ZRAN)) == 0
+    alone &= mine["csize"] > 0
+    for name, column in (("offset", "coffset"), ("size", "csize")):
+        found, expected = mine[column], getattr(chunks, column)[rows]
+        for at in np.flatnonzero(alone & (found != expected))[:_EACH].tolist():
+            what = f"stored {name} of chunk {int(rows[at])} differs between bootstrap and blob"
+            yield FormatError(what, where=chunks.blob.id, found=int(found[at]), expected=int(expected[at]))
+
+
 def _bad_chunks(image: Image, index: int, rows: Array) -> Iterator[NydusError]:
     """Read and verify chunks; where that fails, halve the run until the chunk is found."""
     import numpy as np
 
+    from nydus.rafs import codec
+    from nydus.rafs.model import ChunkFlag
+
     if not len(rows):
         return
     blob = image.blobs[index]
+    chunks = image.reader.chunk_map(index)
     try:
-        for _ in image.reader.stream(np.full(len(rows), index), rows):
-            pass
+        for row, data in zip(
+            rows.tolist(), image.reader.stream(np.full(len(rows), index), rows), strict=True
+        ):
+            # Readers that have a digest need no checksum; the reference's take the checksum first.
+            if int(chunks.flags[row]) & ChunkFlag.HAS_CRC and codec.crc32c(data) != int(chunks.crc[row]):
+                raise FormatError(
+                    "has the wrong checksum",
+                    expected=hex(codec.crc32c(data)),
+                    found=hex(int(chunks.crc[row])),
+                )
     except BackendError as error:
         yield error
     except FormatError as error:
         if len(rows) == 1:
-            chunks, row = image.reader.chunk_map(index), int(rows[0])
+            row = int(rows[0])
             offset = int(chunks.coffset[row])
             what = f"chunk {row}: {error.what}"
             yield FormatError(what, where=blob.id, offset=offset, found=error.found, expected=error.expected)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from nydus.errors import FormatError
-from nydus.rafs import blobmeta, checks, derived, detect, ragged, v6
+from nydus.rafs import blobmeta, checks, derived, detect, order, ragged, v6
 from nydus.rafs.buffer import Buffer, Source
 from nydus.rafs.model import CHUNK, Array, BlobFeature, BlobInfo, Digester, Super, SuperFlag, Tree
 from nydus.rafs.v5 import layout as layout5
@@ -204,6 +204,16 @@ class _Version6(_Verifier):
             free = (mapped + blocks) * block
         if not self.current:
             return
+        sb = self.buffer.array(layout6.SUPER_OFFSET, 1, layout6.SUPER, "EROFS super block")[0]
+        for name, expected in (
+            ("incompat", layout6.INCOMPAT),
+            ("compat", layout6.COMPAT_RAFS),
+            ("ext_slots", 0),
+            ("blocks", sum(head.device_blocks) & 0xFFFF_FFFF),
+            ("xattr_block", 0),
+        ):
+            field = layout6.SUPER_OFFSET + layout6.SUPER.fields[name][1]  # type: ignore[index]
+            self.compare(f"{name} of the super block", field, int(sb[name]), expected)
         flags = layout6.EXT_OFFSET
         if tree.xattrs and not head.flags & SuperFlag.HAS_XATTR:
             self.report("there are extended attributes, but no flag says so", flags, found=hex(head.flags))
@@ -349,6 +359,12 @@ class _Version5(_Verifier):
         if self.current:
             self.compare_all("inode number", places + 40, numbers, nodes["link"] + 1)
             self.compare_all("link count", places + 88, inodes["nlink"], derived.nlinks(tree))
+            self.compare_all("project id", places + 56, inodes["projid"], 0)
+            self.refuse_all("unknown flags of an inode", places + 80, inodes["flags"] > np.uint64(0xF))
+            stored = inodes["size"] + self.xattr_sizes(tree)
+            blocks = (stored + np.uint64(511)) // np.uint64(512)
+            self.compare_all("block count", places + 72, inodes["blocks"], blocks)
+            self.compare_all("child index", places + 92, inodes["child_index"], self.child_indexes(tree))
             unique = int(self.buffer.array(24, 1, "<u8", "super block")[0])
             self.compare("number of unique inodes", 24, unique, len(np.unique(nodes["link"])))
         digesters = checks.algorithms(tree.flags)[1]
@@ -365,6 +381,20 @@ class _Version5(_Verifier):
             )
         if len(wrong) > _EACH:
             self.report(f"digests of {len(wrong) - _EACH} more inodes are wrong")
+
+    def xattr_sizes(self, tree: Tree) -> Array:
+        """Bytes of the attributes of each row, padded (rafs.md 1.3)."""
+        lengths = [sum(5 + len(name) + len(value) for name, value in xattrs) for xattrs in tree.xattrs]
+        sizes = np.array([*(length + 7 & ~7 for length in lengths), 0], np.uint64)
+        return np.asarray(sizes[tree.nodes["xattr"]])  # -1 is the last one
+
+    def child_indexes(self, tree: Tree) -> Array:
+        nodes = tree.nodes
+        rows = np.flatnonzero(nodes["mode"] >> 12 == stat.S_IFDIR >> 12)
+        sequence = order.preorder(np.searchsorted(rows, nodes["parent"][rows]))
+        result = np.zeros(len(nodes), np.int64)
+        result[rows] = order.first_children(sequence, nodes["child_count"][rows]) + 1
+        return result
 
     def check_places(self) -> None:
         head = self.buffer.array(0, 1, layout5.SUPER, "super block")[0]
