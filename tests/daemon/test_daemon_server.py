@@ -104,6 +104,24 @@ def test_a_file_is_not_given_up_when_a_mount_has_just_asked_for_it() -> None:
     assert (fs.removed, owners) == ([file.node], set())
 
 
+def test_a_successor_uses_no_number_of_its_predecessor_again() -> None:
+    """The kernel may still have pages of a file of which the successor was not told."""
+    image: Any = SimpleNamespace(
+        key=lambda blob: f"key {blob}",
+        open_cache=lambda blob: None,
+        release_cache=lambda blob: None,
+        device_size=lambda blob: 4096,
+        blobs=[SimpleNamespace(id="a")] * 10,
+    )
+    nodes = []
+    for _ in range(3):
+        devices = Devices()
+        fs: Any = FakeFs()
+        devices.blobfs = fs
+        nodes += [devices.get(image, blob, 1).node for blob in range(10)]
+    assert nodes == sorted(set(nodes)) and nodes[0] > 1
+
+
 def test_a_failed_takeover_holds_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = Daemon(Options(tmp_path, supervisor=tmp_path / "sock"))
     device, other = os.pipe()

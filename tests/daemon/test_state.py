@@ -11,9 +11,7 @@ from nydus.errors import FormatError
 
 def example() -> State:
     instance = InstanceState(1, "/a", "/mnt/a", "/boot", "{}", ["/etc"], "now", "blobfs", "works", [2], True)
-    return State(
-        "RUNNING", True, 3, 2, [instance], [FileState(2, 4096, "blob", 1, 0, [7])], {"/a": {"k": "v"}}
-    )
+    return State("RUNNING", True, 2, [instance], [FileState(2, 4096, "blob", 1, 0, [7])], {"/a": {"k": "v"}})
 
 
 def test_round_trip() -> None:

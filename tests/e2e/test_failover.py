@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -12,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import containerd_node
@@ -21,6 +24,7 @@ import pytest
 from containerd_node import Node
 from nydusd_process import localfs_config
 
+import nydus
 from conftest import Image
 from nydus.daemon.spawn import WarmParent
 from nydus.oci.registry import Registry
@@ -28,7 +32,7 @@ from nydus.snapshotter import daemons, images
 from nydus.snapshotter import labels as label
 from nydus.snapshotter.config import load
 from nydus.snapshotter.database import Database
-from nydus.snapshotter.errors import AlreadyExists
+from nydus.snapshotter.errors import SnapshotError
 from nydus.snapshotter.images import Images
 from nydus.snapshotter.snapshotter import Snapshotter
 from nydus.snapshotter.store import Store
@@ -45,6 +49,68 @@ for file in files:
         if stream.read() != expected.read():
             sys.exit(f"{file}: wrong")
 """
+
+
+class Host:
+    """Our snapshotter in this process, with real daemons, and blobs in a directory."""
+
+    def __init__(self, root: Path, blobs: Path, mode: str) -> None:
+        self.root = root
+        root.mkdir()
+        config, _ = load(None, {"root": str(root), "daemon_mode": mode})
+        template = root / "template.json"
+        template.write_text(json.dumps(localfs_config(blobs, root / "cache")))
+        self.database = Database(root / "metadata.db")
+        self.store = Store(self.database, root / "snapshots")
+        self.parent = WarmParent()
+        self.images = Images(
+            config, self.database, self.store, self.parent, Template(template, config.cache_dir)
+        )
+        self.snapshotter = Snapshotter(config, self.store, self.images)
+        self.kills = 0
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.images.close(unmount=True)
+        self.parent.close()
+        self.database.close()
+        assert daemons.mounts_below(self.root) == []
+
+    def pull(self, name: str, bootstrap: Path) -> None:
+        """An image of a repository of its own."""
+        labels = {label.IMAGE_REF: f"127.0.0.1:5/{name}:1", label.BOOTSTRAP: "true"}
+        self.snapshotter.prepare(f"layer-{name}", "", labels)
+        layer = self.store.directory(self.store.get(f"layer-{name}").id) / "fs" / "image"
+        layer.mkdir()
+        shutil.copy(bootstrap, layer / "image.boot")
+        self.snapshotter.commit(f"image-{name}", f"layer-{name}", labels)
+
+    def run(self, name: str, key: str) -> Path:
+        """The root of a container."""
+        options = self.snapshotter.prepare(key, f"image-{name}", {})[0].options
+        lower = next(option for option in options if option.startswith("lowerdir="))
+        return Path(lower.removeprefix("lowerdir="))
+
+    def remove(self, name: str, key: str) -> None:
+        for snapshot in (key, f"image-{name}"):
+            self.snapshotter.remove(snapshot)
+        self.snapshotter.cleanup()
+
+    def kill(self) -> None:
+        """Kill every daemon as a whole."""
+        for socket in self.root.glob("socket/*/api.sock"):
+            with suppress(OSError):
+                if pid := daemon_pid(socket):
+                    os.kill(pid, signal.SIGKILL)
+                    self.kills += 1
+
+
+def reader(image: Image, mounted: Path, seed: int = 0) -> subprocess.Popen[str]:
+    """Reads every file, and says on standard error what is wrong."""
+    command = [sys.executable, "-S", "-c", READER, str(image.source), str(mounted), str(seed)]
+    return subprocess.Popen([*command, *map(str, image.files)], stderr=subprocess.PIPE, text=True)
 
 
 def daemon_pid(socket: Path) -> int | None:
@@ -67,55 +133,79 @@ def test_many_kills_lose_nothing(
     image: Image, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_MAX_RESTARTS", 1000)
-    dice = random.Random()
     kills = 0
     while kills < 20:
-        root = tmp_path / str(kills)
-        root.mkdir()
-        config, _ = load(None, {"root": str(root), "daemon_mode": mode})
-        template = root / "template.json"
-        template.write_text(json.dumps(localfs_config(image.blobs, root / "cache")))
-        database = Database(root / "metadata.db")
-        store = Store(database, root / "snapshots")
-        with WarmParent() as parent:
-            made = Images(config, database, store, parent, Template(template, config.cache_dir))
+        with Host(tmp_path / str(kills), image.blobs, mode) as host:
+            host.pull("one", image.bootstrap)
+            mounted = host.run("one", "container")
+            readers = [reader(image, mounted, seed) for seed in range(3)]
+            end = time.monotonic() + 120
+            while any(process.poll() is None for process in readers):
+                assert time.monotonic() < end, f"readers hang after {kills} kills"
+                time.sleep(random.uniform(0.02, 0.25))
+                host.kill()
+            assert [(process.communicate()[1], process.returncode) for process in readers] == [("", 0)] * 3
+            host.remove("one", "container")
+            kills += host.kills
+        shutil.rmtree(host.root)
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_kills_while_images_come_and_go(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may fail to be created, with an error; one that was created reads right bytes."""
+    monkeypatch.setattr(images, "_MAX_RESTARTS", 1000)
+    (tmp_path / "blobs").mkdir()
+    made = []
+    for number in range(3):
+        source = tmp_path / f"source{number}"
+        source.mkdir()
+        for name in "abcdef":
+            (source / name).write_bytes(os.urandom(200_000))
+        nydus.create(str(source), str(tmp_path / "blobs")).save(tmp_path / f"boot{number}")
+        made.append(Image(source, tmp_path / f"boot{number}", tmp_path / "blobs"))
+    wrong: list[object] = []
+    right = failed = 0
+    done = threading.Event()
+
+    def work(number: int) -> None:
+        nonlocal right, failed
+        for turn in itertools.count():
+            if done.is_set():
+                return
+            name, image = f"n{number}-{turn}", made[(number + turn) % len(made)]
+            host.pull(name, image.bootstrap)
             try:
-                snapshotter = Snapshotter(config, store, made)
-                with pytest.raises(AlreadyExists):
-                    snapshotter.prepare("1", "", {label.TARGET: "data", label.BLOB: "true"})
-                snapshotter.prepare("2", "data", {label.BOOTSTRAP: "true"})
-                layer = store.directory(store.get("2").id) / "fs" / "image"
-                layer.mkdir()
-                shutil.copy(image.bootstrap, layer / "image.boot")
-                snapshotter.commit("meta", "2", {label.BOOTSTRAP: "true"})
-                options = snapshotter.prepare("container", "meta", {})[0].options
-                lower = next(option for option in options if option.startswith("lowerdir="))
-                mounted = Path(lower.removeprefix("lowerdir="))
-                (socket,) = root.glob("socket/*/api.sock")
-                command = [sys.executable, "-S", "-c", READER, str(image.source), str(mounted)]
-                readers = [
-                    subprocess.Popen(
-                        [*command, str(seed), *map(str, image.files)], stderr=subprocess.PIPE, text=True
-                    )
-                    for seed in range(3)
-                ]
-                end = time.monotonic() + 120
-                while any(reader.poll() is None for reader in readers):
-                    assert time.monotonic() < end, f"readers hang after {kills} kills"
-                    time.sleep(dice.uniform(0.02, 0.25))
-                    pid = daemon_pid(socket)
-                    if pid is not None:
-                        os.kill(pid, signal.SIGKILL)
-                        kills += 1
-                assert [(reader.communicate()[1], reader.returncode) for reader in readers] == [("", 0)] * 3
-                for key in ("container", "meta", "data"):
-                    snapshotter.remove(key)
-                snapshotter.cleanup()
-            finally:
-                made.close(unmount=True)
-                database.close()
-        assert daemons.mounts_below(root) == []
-        shutil.rmtree(root)
+                mounted = host.run(name, f"container-{name}")
+            except SnapshotError:
+                failed += 1
+                host.snapshotter.remove(f"image-{name}")
+                continue
+            process = reader(image, mounted)
+            try:
+                said = process.communicate(timeout=60)[1]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said = "hangs"
+            if said:
+                wrong.append(said)
+            right += not said
+            host.remove(name, f"container-{name}")
+
+    with Host(tmp_path / "host", tmp_path / "blobs", mode) as host:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 10
+        while (time.monotonic() < end or right < 10) and not wrong:
+            time.sleep(random.uniform(0.05, 0.5))
+            host.kill()
+        done.set()
+        for thread in threads:
+            thread.join()
+        host.snapshotter.cleanup()
+        assert wrong == []
+        assert host.kills > 5
+        assert daemons.mounts_below(host.root) == []
 
 
 @pytest.mark.containerd

@@ -77,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         return f"{arguments.mountpoint}{query['mountpoint'][0]}"
 
     def do_GET(self) -> None:
-        self.answer(200, {"state": state, "id": None, "backend_collection": None})
+        inside = {target.removeprefix(arguments.mountpoint) or "/": {} for target in mounted}
+        self.answer(200, {"state": state, "id": None, "backend_collection": inside})
 
     def do_PUT(self) -> None:
         global state

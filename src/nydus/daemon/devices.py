@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from nydus.daemon.image import Image
 from nydus.daemon.state import FileState
 from nydus.errors import MountError, NydusError
-from nydus.mount.blobfs import BlobFs, Buffer, File
+from nydus.mount.blobfs import ROOT, BlobFs, Buffer, File
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Devices:
         self._lock = threading.RLock()
         self._by_node: dict[int, _Device] = {}
         self._by_key: dict[str, _Device] = {}
-        self.next_node = 2
+        self._last_node = ROOT
         self.blobfs: BlobFs | None = None
 
     def adopt(
@@ -105,9 +106,10 @@ class Devices:
                     raise MountError(
                         "the controller did not hand over the blobfs mount: no image can be added"
                     )
-                node = self.next_node
-                self.next_node += 1
-                device = self._add(node, image, blob, owner, image.device_size(blob))
+                # New to the kernel, too, which would give the bytes of the file that had the number before: a
+                # successor may not have been told of the last files of its predecessor.
+                self._last_node = max(self._last_node + 1, time.monotonic_ns())
+                device = self._add(self._last_node, image, blob, owner, image.device_size(blob))
             device.users.add(owner)
             return device.file
 

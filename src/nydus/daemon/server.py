@@ -95,7 +95,6 @@ class Daemon:
             return State(
                 state=self.state,
                 shared=self._shared,
-                next_node=self.devices.next_node,
                 next_number=self._next_number,
                 instances=[instance.state for instance in self._instances.values()],
                 files=self.devices.states(),
@@ -126,7 +125,6 @@ class Daemon:
                 raise WrongState("Takeover")
             self._shared = state.shared
             self._next_number, self._runtime = state.next_number, state.runtime
-            self.devices.next_node = state.next_node
             for saved in state.instances:
                 try:
                     image = Image(Path(saved.bootstrap), configs.parse(saved.config), self.pool)

@@ -46,7 +46,6 @@ class FileState(msgspec.Struct):
 class State(msgspec.Struct):
     state: str = "INIT"
     shared: bool = False
-    next_node: int = 2
     next_number: int = 1
     instances: list[InstanceState] = []
     files: list[FileState] = []

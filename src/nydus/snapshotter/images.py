@@ -266,8 +266,7 @@ class Images:
     def _ensure(self, instance: Instance, meta: Snapshot) -> Path:
         """Make the instance, which ``meta`` uses, mounted and served; called with its lock held."""
         where = self._mountpoint(instance)
-        if self._serves(instance.daemon) and where.is_mount():
-            self._watch(instance.daemon)
+        if self._serves(instance.daemon) and self._mounted(instance):
             return where
         started = time.monotonic()
         reference = _reference(meta.labels, self._template.backend)
@@ -276,32 +275,32 @@ class Images:
         bootstrap = directory / "image.boot"
         if not bootstrap.exists():
             _link(self._bootstrap(meta), bootstrap)
-        name, shared = instance.daemon, instance.daemon == SHARED
-        inside = f"/{instance.id}" if shared else "/"
+        name, shared, inside = instance.daemon, instance.daemon == SHARED, _inside(instance)
         document = self._template.fill(inside, reference, meta.labels)
         template.write(directory / "config.json", document)
         daemon = self._daemon(name)
         with self._locked(name):
-            if not shared or not daemon.alive():
+            if not shared or not self._alive(name):
                 self._stop(name)
                 daemon.start(self._launcher, self._arguments(name))
-        if shared:
-            with suppress(DaemonError):
-                daemon.client.umount(inside)
-            daemons.detach(where)  # of a daemon that did not live to tell us
-            daemon.client.mount(inside, bootstrap, document)
         try:
-            if not where.is_mount():
-                raise NydusError(f"nydusd says it serves {where}, but nothing is mounted there")
+            if shared:
+                with suppress(DaemonError):
+                    daemon.client.umount(inside)
+                daemons.detach(where)  # of a daemon that did not live to tell us
+                daemon.client.mount(inside, bootstrap, document)
             with self._locked(name):
                 self._keep(name)
+            self._watch(name)
+            # Asked last: a successor may have come, with what was kept before.
+            if not self._mounted(instance):
+                raise NydusError(f"nydusd says it serves {where}, but nothing is mounted there")
         except NydusError:
             if not shared:
                 self._stop(name)
             daemons.detach(where)
             raise
         log.info("mounted %s at %s in %.0f ms", instance.image, where, (time.monotonic() - started) * 1000)
-        self._watch(name)
         return where
 
     def _drop(self, instance: Instance) -> None:
@@ -328,29 +327,44 @@ class Images:
 
     def _serves(self, name: str) -> bool:
         """Whether a daemon serves, or a successor that has just taken over the mounts it left."""
-        daemon = self._daemon(name)
         with self._locked(name):
-            if daemon.alive():
+            alive = self._alive(name)
+        if alive:
+            self._watch(name)
+        return alive
+
+    def _alive(self, name: str) -> bool:
+        """As :meth:`_serves`, with the lock of the name held. What is kept must be watched from then on."""
+        daemon = self._daemon(name)
+        if daemon.alive():
+            try:
                 if name not in self._keeper:
                     self._keep(name)
-                return True
-            if name not in self._keeper or daemon.process() is not None:
+            except DaemonError:
                 return False
-            for _ in range(_MAX_RESTARTS):
-                if not daemons.is_mounted(daemon.mountpoint):  # it has ended in order
-                    break
-                try:
-                    daemon.start(self._launcher, [*self._arguments(name), "--upgrade"], state="INIT")
-                    self._keeper.give(name, daemon.client)
-                    daemon.client.start()
-                except (NydusError, OSError) as error:
-                    log.error("daemon %s: its successor has failed: %s", name, error)
-                    daemon.kill()
-                else:
-                    log.warning("daemon %s has a successor, which serves its mounts", name)
-                    return True
-            self._stop(name)  # whoever waits for it must not wait for ever
+            return True
+        if name not in self._keeper or daemon.process() is not None:
             return False
+        for _ in range(_MAX_RESTARTS):
+            if not daemons.is_mounted(daemon.mountpoint):  # it has ended in order
+                break
+            try:
+                daemon.start(self._launcher, [*self._arguments(name), "--upgrade"], state="INIT")
+                self._keeper.give(name, daemon.client)
+                daemon.client.start()
+            except (NydusError, OSError) as error:
+                log.error("daemon %s: its successor has failed: %s", name, error)
+                daemon.kill()
+            else:
+                log.warning("daemon %s has a successor, which serves its mounts", name)
+                return True
+        self._stop(name)  # whoever waits for it must not wait for ever
+        return False
+
+    def _mounted(self, instance: Instance) -> bool:
+        """Whether its daemon knows of the mount that is there: a killed one may have left another."""
+        known = self._daemon(instance.daemon).client.info()["backend_collection"]
+        return _inside(instance) in known and self._mountpoint(instance).is_mount()
 
     def _keep(self, name: str) -> None:
         """Keep what a successor of the daemon needs as of now. Raises DaemonError if the daemon is dead."""
@@ -370,9 +384,8 @@ class Images:
                 continue
             try:
                 with self._locked(instance.key):
-                    if self._serves(name) and self._mountpoint(instance).is_mount():
-                        self._watch(name)
-                    elif daemons.is_mounted(self._mountpoint(instance)):
+                    served = self._serves(name) and self._mounted(instance)
+                    if not served and daemons.is_mounted(self._mountpoint(instance)):
                         self._restart(instance)
                     # Otherwise the machine was restarted: it is mounted when somebody asks for it.
             except (NydusError, OSError) as error:
@@ -511,6 +524,11 @@ class Images:
             if path.is_file() and not path.is_symlink() and not path.parent.is_symlink():
                 return path
         raise NotFound(f"snapshot {meta.name} holds no bootstrap (image/image.boot): not found")
+
+
+def _inside(instance: Instance) -> str:
+    """Where a daemon has its mount, below its own mountpoint."""
+    return f"/{instance.id}" if instance.daemon == SHARED else "/"
 
 
 def _reference(labels: dict[str, str], backend: str) -> references.Reference | None:
