@@ -338,12 +338,13 @@ def seal_reference(
     if options.toc and out.size:
         result.toc_digest, result.toc_size = sections.contents()
     result.seal(out)
-    # The name of the file, which leaves out the digest array (rafs.md 3.7).
-    info.rafs_digest, info.rafs_size = out.name.digest(), out.size
+    info.rafs_size = out.size
     if options.inline_meta:
         # What the reference's converter says of the blob when it merges (rafs.md 4.3).
-        info.toc_digest = sections.entries_digest()
+        info.rafs_digest, info.toc_digest = out.digest.digest(), sections.entries_digest()
     else:
+        # The name of the file, which leaves out the digest array (rafs.md 3.7).
+        info.rafs_digest = out.name.digest()
         info.toc_digest, info.toc_size = result.toc_digest, result.toc_size
         result.bootstrap = write_bootstrap(tree)
     return result
