@@ -121,7 +121,7 @@ def main() -> None:
     """Run the command: 2 for wrong usage, 1 and one line on stderr for everything else."""
     end_in_order(lambda: None)  # Ctrl-C, too: click would make "Aborted!" and 1 of it
     # A command that runs for seconds and makes no cycles has nothing to collect, and much to look through:
-    # a fifth of the start would be spent on that, most of it when the interpreter ends.
+    # a sixth of a short run would be spent on that, most of it when the interpreter ends.
     gc.disable()
     atexit.register(gc.freeze)
     try:
