@@ -29,19 +29,17 @@ from nydus.errors import ConfigError, NydusError
 if TYPE_CHECKING:
     from nydus.convert.image import Result
 
-#: Options of the reference that are not there yet: a conversion that would need one is refused.
-_NOT_YET = (
-    "source_backend_type",
-    "source_backend_config",
-)
-
-
 #: What says how a Nydus image is made.
 _OF_NYDUS = (
     "merge_platform", "oci_ref", "with_referrer", "oci", "fs_version", "fs_chunk_size", "batch_size",
     "compressor", "fs_align_chunk", "backend_aligned_chunk", "prefetch_dir", "prefetch_patterns",
     "chunk_dict", "chunk_dict_insecure", "build_cache", "build_cache_tag", "build_cache_version",
     "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse", "encrypt_recipients",
+)  # fmt: skip
+#: What makes no difference to a model artifact, whose layers stay.
+_NOT_OF_MODELS = (
+    *(name for name in _OF_NYDUS if name not in ("fs_chunk_size", "prefetch_dir", "prefetch_patterns")),
+    "backend_type", "platform", "all_platforms", "reverse", "source_backend_config",
 )  # fmt: skip
 _OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
 _OF_SOURCE = ("source_insecure",)
@@ -102,7 +100,7 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 @option("--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
 @option("--backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option("--backend-force-push", env="BACKEND_FORCE_PUSH", is_flag=True, help="Upload blobs even if present.")
-@option("--source-backend-type", hidden=True)
+@option("--source-backend-type", help="model-artifact: the source is a model as modctl pushes it.")
 @option("--source-backend-config", hidden=True)
 @option(
     "--encrypt-recipients",
@@ -141,6 +139,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.cli.nydusify_places import archive_place, new_archive, platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
+    from nydus.convert.artifact import convert_artifact
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
@@ -149,9 +148,11 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.oci.place import SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
 
-    for name in _NOT_YET:
-        if values[name]:
-            raise ConfigError(f"--{name.replace('_', '-')} is not supported yet")
+    kind = values["source_backend_type"]
+    if kind not in (None, "model-artifact"):
+        raise ConfigError(
+            f"--source-backend-type {kind!r} cannot be used; there is model-artifact, for what modctl pushed"
+        )
     stored = containerd_place(values["source"]) if values["source"].startswith(SCHEME) else None
     reference = parse(stored.name if stored else values["source"])
     target = _target(values, reference)
@@ -159,6 +160,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         log.warning("--nydus-image is not used: the builder is built in")
     for unused, names, why in (
         (values["reverse"], _OF_NYDUS, "with --reverse"),
+        (kind, _NOT_OF_MODELS, "on a model artifact"),
         (not values["reverse"], ("decryption_key",), "without --reverse"),
         (values["all_platforms"], ("platform",), "with --all-platforms"),
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
@@ -183,7 +185,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     options = ConvertOptions(
         fs_version=number(values["fs_version"]),
         compressor=values["compressor"],
-        chunk_size=number(values["fs_chunk_size"]),
+        chunk_size=0x100000 if kind else number(values["fs_chunk_size"]),
         batch_size=number(values["batch_size"]),
         aligned_chunk=values["fs_align_chunk"] or values["backend_aligned_chunk"],
         prefetch=_prefetch(values),
@@ -213,7 +215,10 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             )
         )
     with progress_for(log) as progress, sink as place:
-        if values["reverse"]:
+        if kind:
+            chunk_size = number(values["fs_chunk_size"]) if given(ctx, "fs_chunk_size") else 0
+            result = convert_artifact(source, place, options, progress, chunk_size)
+        elif values["reverse"]:
             with _blobs(values) as blobs:
                 result = reverse(source, place, options, progress, chosen, blobs, keys)
         else:

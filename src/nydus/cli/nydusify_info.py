@@ -19,6 +19,8 @@ _KINDS = {
     "oci": "an ordinary OCI image",
     "nydus": "a Nydus image",
     "oci-ref": "a Nydus index over the layers of an OCI image",
+    "model": "a model artifact",
+    "nydus-model": "a model artifact with a Nydus bootstrap over its layers",
     "storage-backend": "a Nydus image whose blobs are in a storage backend",
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nydus.convert.artifact import tar_layers
 from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
@@ -202,7 +203,7 @@ def _parse(name: str, place: SourcePlace, platform: Platform | None) -> Side:
         else:
             side.oci = side.oci or found
         config = found.config
-        if not config.os or not config.architecture:
+        if not model.is_model(found.manifest) and (not config.os or not config.architecture):
             raise CheckError("manifest", name, "the config has no os or no architecture")
         given = found.descriptor.platform
         if index is not None and given and (given.os, given.architecture) != (config.os, config.architecture):
@@ -246,7 +247,7 @@ def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> 
     except NydusError as error:
         raise CheckError("bootstrap", side.name, error) from error
     expected = side.nydus.config.rootfs.diff_ids[-1:]
-    if expected != (diff_id,):
+    if expected != (diff_id,) and not model.is_model(side.nydus.manifest):
         wanted = expected[0] if expected else "none"
         raise CheckError(
             "bootstrap",
@@ -268,6 +269,9 @@ def _check_manifest(side: Side, found: Image, report: Report) -> None:
         return CheckError("manifest", side.name, what)
 
     manifest, diff_ids = found.manifest, found.config.rootfs.diff_ids
+    if model.is_model(manifest):
+        _check_model(side, found, report)
+        return
     if len(diff_ids) != len(manifest.layers):
         raise wrong(
             f"invalid diff ids in image config: {len(diff_ids)} (diff ids) != {len(manifest.layers)} (layers)"
@@ -287,6 +291,17 @@ def _check_manifest(side: Side, found: Image, report: Report) -> None:
             raise wrong(f"layer {number} has no annotation that says it is a Nydus blob")
         if diff_id != layer.digest:
             raise wrong(f"layer {number}: its diff id {diff_id} is not its digest {layer.digest}")
+    side.count(report, "manifest", len(manifest.layers))
+
+
+def _check_model(side: Side, found: Image, report: Report) -> None:
+    manifest = found.manifest
+    if found is side.nydus:
+        subject = manifest.subject
+        if subject is None or subject.media_type != model.OCI_MANIFEST:
+            raise CheckError("manifest", side.name, "its subject is not the manifest of a model artifact")
+        if manifest.layers[-1].annotations.get(model.NYDUS_BOOTSTRAP) != "true":
+            raise CheckError("manifest", side.name, "the last layer is not marked as the bootstrap")
     side.count(report, "manifest", len(manifest.layers))
 
 
@@ -345,6 +360,8 @@ def _check_bootstrap(side: Side, report: Report) -> None:
     }
     if layers[:-1] and all(model.NYDUS_REF in layer.annotations for layer in layers[:-1]):
         report.kind = "oci-ref"
+    if model.is_model(side.nydus.manifest):
+        report.kind = "model-artifact"
     if tree.blobs and not layers[:-1]:
         report.kind = "storage-backend"
         if side.blobs is None:
@@ -496,6 +513,14 @@ def _layers(side: Side) -> Listing:
     """The files of an ordinary image."""
     assert side.oci is not None
     overlay = Overlay(_kept)
+    if model.is_model(side.oci.manifest):
+        for number, (layer, name) in enumerate(tar_layers(side.oci.manifest), 1):
+            with closing(side.reader.blob(layer.digest, layer.size)) as stream:
+                if name:
+                    overlay.add_file(stream, name, layer.size)
+                else:
+                    overlay.apply(stream, layer.digest, f"layer {number} of {side.place}")
+        return overlay.listing()
     pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
     for number, (layer, diff_id) in enumerate(pairs, 1):
         stream = open_layer(side.reader, layer, plain_http=plain_http(side.place))

@@ -172,6 +172,16 @@ def rewrite_config(raw: bytes, diff_ids: Iterable[str], where: str, *, keep_hist
     return model.encode(config)
 
 
+def provenance(source_digest: str, source_reference: str, fs_version: int) -> dict[str, str]:
+    """The annotations that say what an image was made of, and by whom."""
+    return {
+        model.NYDUS_BUILDER_VERSION: f"v{__version__}-pynydus",
+        model.NYDUS_FS_VERSION: str(fs_version),
+        model.NYDUS_SOURCE_DIGEST: source_digest,
+        model.NYDUS_SOURCE_REFERENCE: source_reference,
+    }
+
+
 def rewrite_manifest(
     source: Manifest,
     source_digest: str,
@@ -193,12 +203,6 @@ def rewrite_manifest(
     """
     docker = source.media_type == model.DOCKER_MANIFEST and not oci
     version = {model.NYDUS_FS_VERSION: str(fs_version)}
-    provenance = {
-        model.NYDUS_BUILDER_VERSION: f"v{__version__}-pynydus",
-        **version,
-        model.NYDUS_SOURCE_DIGEST: source_digest,
-        model.NYDUS_SOURCE_REFERENCE: source_reference,
-    }
     return Manifest(
         schema_version=2,
         media_type=model.DOCKER_MANIFEST if docker else model.OCI_MANIFEST,
@@ -213,7 +217,7 @@ def rewrite_manifest(
             ),
         ),
         subject=subject,
-        annotations={**(source.annotations or {}), **provenance},
+        annotations={**(source.annotations or {}), **provenance(source_digest, source_reference, fs_version)},
     )
 
 

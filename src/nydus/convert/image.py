@@ -206,6 +206,8 @@ def image(
 def _check(found: Image, reader: Source, where: str, options: ConvertOptions) -> None:
     if found.is_nydus:
         raise ConfigError(f"{where}: is a Nydus image already")
+    if model.is_model(found.manifest):
+        raise ConfigError(f"{where}: is a model artifact; use --source-backend-type model-artifact")
     if not found.manifest.layers:
         raise FormatError("the image has no layers", where=where)
     if len(found.manifest.layers) != len(found.config.rootfs.diff_ids):

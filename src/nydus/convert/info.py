@@ -21,8 +21,8 @@ class Info:
     """One image of one platform.
 
     Attributes:
-        kind: ``oci``, ``nydus``, ``oci-ref`` (an index over ordinary layers) or ``storage-backend`` (blobs
-            are elsewhere).
+        kind: ``oci``, ``nydus``, ``oci-ref`` (an index over ordinary layers) ``storage-backend`` (blobs
+            are elsewhere), ``model`` (a model artifact) or ``nydus-model`` (one that can be mounted).
         size: bytes of all layers and the config; ``data`` of the layers with file data.
         layers: what the manifest lists.
         encrypted: the bootstrap is; without a key nothing is known of what is in it.
@@ -79,6 +79,8 @@ def describe(found: Image, reader: Source, reference: str, keys: Sequence[JWK] =
 
 
 def _kind(found: Image) -> str:
+    if model.is_model(found.manifest):
+        return "nydus-model" if found.is_nydus else "model"
     if not found.is_nydus:
         return "oci"
     blobs = found.manifest.layers[:-1]

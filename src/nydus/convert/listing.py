@@ -235,6 +235,17 @@ class Overlay:
             self._remove(parts)
         self._merge(self._root, layer)
 
+    def add_file(self, stream: Stream, name: str, size: int) -> None:
+        """Puts one file on top, whose data are all of a stream."""
+        digest = hashlib.sha256()
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+        parts = _parts(name)
+        layer = _implied()
+        entry = Entry(stat.S_IFREG | 0o644, 0, 0, size, 0, content=digest.hexdigest())
+        self._parent(layer, parts)[parts[-1]] = _Node(entry, None)
+        self._merge(self._root, layer)
+
     def _add(
         self, archive: tarfile.TarFile, member: tarfile.TarInfo, layer: _Node, whiteouts: list[list[str]]
     ) -> None:

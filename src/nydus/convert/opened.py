@@ -173,7 +173,7 @@ def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[JWK])
     layer = found.manifest.layers[-1]
     files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer", keys)
     diff_ids = found.config.rootfs.diff_ids
-    if not diff_ids or diff_ids[-1] != diff_id:
+    if not model.is_model(found.manifest) and (not diff_ids or diff_ids[-1] != diff_id):
         expected = diff_ids[-1] if diff_ids else "none"
         raise FormatError(
             "wrong diff id", where=f"{place}: bootstrap layer", expected=expected, found=diff_id

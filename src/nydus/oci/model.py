@@ -6,6 +6,7 @@ Field order is that of the Go structures, so that a document written here has th
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -29,6 +30,7 @@ MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES = frozenset({OCI_INDEX, DOCKER_INDEX})
 
 #: Annotations of layers and manifests (oci-image facts: a prefix of containerd, so that they become labels).
+_MODEL = re.compile(r"application/vnd\.(cnai|cncf)\.model\.manifest\.v1\+json")
 _PREFIX = "containerd.io/snapshot/nydus-"
 NYDUS_ENCRYPTED_BLOB = "containerd.io/snapshot/nydus-encrypted-blob"
 NYDUS_BLOB_ANNOTATION = _PREFIX + "blob"
@@ -125,6 +127,11 @@ class ImageConfig(msgspec.Struct, omit_defaults=True):
     @property
     def platform(self) -> Platform:
         return Platform(architecture=self.architecture, os=self.os, variant=self.variant)
+
+
+def is_model(manifest: Manifest) -> bool:
+    """Whether a manifest is one of a model artifact (CNCF ModelPack), with a Nydus bootstrap or without."""
+    return bool(_MODEL.fullmatch(manifest.artifact_type))
 
 
 T = TypeVar("T")

@@ -1,0 +1,258 @@
+"""Model artifacts (CNCF ModelPack, ``modctl``): the layers stay, a bootstrap says where their files lie.
+
+oci-image.md 5.10. The layers are tar archives or single files, not compressed, and are read by range.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from nydus.convert.copy import copy_blobs, linkable_repository
+from nydus.convert.documents import bootstrap_layer, provenance
+from nydus.convert.image import Result
+from nydus.convert.options import ConvertOptions
+from nydus.convert.progress import Progress, Silent
+from nydus.convert.select import reference_name
+from nydus.errors import ConfigError, FormatError
+from nydus.oci import model
+from nydus.oci.model import Descriptor, Manifest
+from nydus.oci.place import SinkPlace, Source, SourcePlace, Stream
+
+if TYPE_CHECKING:
+    from nydus.build.tree import TreeBuilder
+
+ARTIFACT_TYPE = "containerd.io/snapshot/nydus-artifact-type"
+BACKEND = "image/backend.json"
+_FILE_PATH = ("org.cnai.model.filepath", "org.cncf.model.filepath")
+_LAYER = re.compile(r"application/vnd\.(?:cnai|cncf)\.model\.([a-z.]+)\.v1\.(tar|raw)(\+[a-z]+)?")
+_LARGE, _SMALL = 64 << 20, 4 << 20
+_KINDS_LARGE = ("weight", "dataset")
+_PIECE = 1 << 20
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """Columns of the chunk table under construction."""
+
+    blob: array[int] = field(default_factory=lambda: array("I"))
+    offset: array[int] = field(default_factory=lambda: array("Q"))
+    size: array[int] = field(default_factory=lambda: array("I"))
+    crc: array[int] = field(default_factory=lambda: array("I"))
+
+
+def convert_artifact(
+    source: SourcePlace,
+    target: SinkPlace,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    chunk_size: int = 0,
+) -> Result:
+    """Makes an image of a model artifact that can be mounted; its layers are linked or copied.
+
+    Every layer is read once, for its digest and the CRCs of its chunks.
+
+    Args:
+        chunk_size: of weights and datasets; 0 is 64 MiB.
+
+    Raises:
+        ConfigError: no model artifact, or one whose layers are compressed.
+        NydusError: what is wrong, and in which layer.
+    """
+    options, progress = options or ConvertOptions(), progress or Silent()
+    name, started = reference_name(target), time.monotonic()
+    progress.note(f"pulling image {source}")
+    reader = source.open()
+    descriptor, raw = reader.manifest(source.target)
+    manifest = model.decode_image(raw, descriptor.media_type, str(source))
+    if not isinstance(manifest, Manifest) or not model.is_model(manifest):
+        raise ConfigError(f"{source}: is no model artifact")
+    if not manifest.layers or model.NYDUS_BOOTSTRAP in manifest.layers[-1].annotations:
+        raise ConfigError(f"{source}: has no layers, or a bootstrap already")
+    numbered = enumerate(manifest.layers, 1)
+    sizes = [_chunk_size(layer, number, source, chunk_size) for number, layer in numbered]
+    pulled = time.monotonic()
+    progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
+
+    progress.note(f"converting image {source}")
+    packed = _bootstrap(manifest.layers, sizes, reader, str(source), options)
+    writer = target.open_sink()
+    blobs = list({blob.digest: blob for blob in (*manifest.layers, manifest.config)}.values())
+    copy_blobs(reader, writer, blobs, linkable_repository(source, target), progress)
+    converted = time.monotonic()
+    progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
+
+    progress.note(f"pushing image {target}")
+    marks = {model.NYDUS_BOOTSTRAP: "true", model.NYDUS_FS_VERSION: "6"}
+    marks[ARTIFACT_TYPE] = manifest.artifact_type
+    bootstrap = writer.put_blob(packed, model.OCI_LAYER_GZIP, annotations=marks)
+    made = msgspec.structs.replace(
+        manifest,
+        media_type=model.OCI_MANIFEST,
+        layers=(*manifest.layers, bootstrap),
+        subject=Descriptor(media_type=model.OCI_MANIFEST, digest=model.digest(raw), size=len(raw)),
+        annotations={**(manifest.annotations or {}), **provenance(model.digest(raw), str(source), 6)},
+    )
+    stored = writer.put_manifest(name, model.encode(made), model.OCI_MANIFEST)
+    ended = time.monotonic()
+    progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
+    size = sum(blob.size for blob in blobs)
+    return Result(
+        stored,
+        source_size=size,
+        target_size=size + bootstrap.size,
+        start_size=manifest.config.size + bootstrap.size,
+        pull_seconds=pulled - started,
+        convert_seconds=converted - pulled,
+        push_seconds=ended - converted,
+    )
+
+
+def _chunk_size(layer: Descriptor, number: int, source: SourcePlace, large: int) -> int:
+    match = _LAYER.fullmatch(layer.media_type)
+    if not match:
+        raise ConfigError(f"{source}: layer {number} is of an unknown type: {layer.media_type!r}")
+    if match[3]:
+        raise ConfigError(
+            f"{source}: layer {number} is compressed ({match[3][1:]}); parts of it cannot be read: "
+            "build the artifact with plain tar or raw layers"
+        )
+    return (large or _LARGE) if match[1] in _KINDS_LARGE else _SMALL
+
+
+def _bootstrap(
+    layers: tuple[Descriptor, ...], sizes: list[int], reader: Source, where: str, options: ConvertOptions
+) -> bytes:
+    from nydus.build.layer import BuildOptions, prefetch_rows, super_flags, write_bootstrap
+    from nydus.build.tree import TreeBuilder
+    from nydus.rafs import blobmeta
+    from nydus.rafs.model import CHUNK, BlobFeature, BlobInfo, ChunkFlag, Compression
+
+    builder, chunks, seen = TreeBuilder(where=where), _Chunks(), set[bytes]()
+    first: dict[str, int] = {}  # raw layers of equal files are one blob
+    for position, (layer, size) in enumerate(zip(layers, sizes, strict=True), 1):
+        number = first.setdefault(layer.digest, position - 1)
+        stream = reader.blob(layer.digest, layer.size)
+        try:
+            _add_layer(builder, chunks, seen, number, layer, size, stream, f"{where}: layer {position}")
+        finally:
+            stream.close()
+    table = np.zeros(len(chunks.blob), CHUNK)
+    table["blob_index"], table["coffset"], table["crc"] = chunks.blob, chunks.offset, chunks.crc
+    table["csize"] = table["usize"] = np.array(chunks.size, np.uint32)
+    table["flags"] = int(ChunkFlag.HAS_CRC)
+    blobs = []
+    given = table["blob_index"].copy()
+    for index, number in enumerate(np.unique(given).tolist()):  # an image has no blob without chunks
+        rows = np.flatnonzero(given == number)
+        table["blob_index"][rows], table["index"][rows] = index, np.arange(len(rows))
+        blob = BlobInfo(
+            layers[number].digest.partition(":")[2],
+            sizes[number],
+            chunk_count=len(rows),
+            compression=Compression.NONE,
+            features=BlobFeature.EXTERNAL | BlobFeature.CAP_TAR_TOC | BlobFeature.ALIGNED,
+            compressed_size=layers[number].size,
+        )
+        table["uoffset"][rows], blob.uncompressed_size = blobmeta.own_places(table[rows])
+        blobs.append(blob)
+    # That of the image is the unit in which the kernel looks chunks up.
+    unit = min(_SMALL, *sizes)
+    flags = super_flags(BuildOptions(compression=Compression.NONE, chunk_size=unit))
+    tree = builder.finish(6, unit, flags, table, np.arange(len(table)), blobs)
+    for start, count in np.unique(tree.nodes[["chunk", "chunk_count"]]).tolist():
+        sizes_of = tree.chunks["usize"][start : start + count].astype(np.uint64)
+        tree.chunks["file_offset"][start : start + count] = np.cumsum(sizes_of) - sizes_of
+    tree.prefetch = prefetch_rows(tree, options.prefetch)
+    known = {f"sha256:{blob.id}" for blob in blobs}
+    described = [
+        {
+            "backend": 0,
+            "config": {
+                "media_type": layer.media_type,
+                "digest": layer.digest,
+                "size": str(layer.size),
+                "chunk_size": f"{size >> 20}MiB" if size >= 1 << 20 else str(size),
+            },
+        }
+        for layer, size in zip(layers, sizes, strict=True)
+        if layer.digest in known
+    ]
+    backend = {"version": "v1", "backends": [{"type": "registry"}], "blobs": described}
+    packed, _ = bootstrap_layer(write_bootstrap(tree), {}, {BACKEND: json.dumps(backend).encode()})
+    return packed
+
+
+def _add_layer(
+    builder: TreeBuilder,
+    chunks: _Chunks,
+    seen: set[bytes],
+    number: int,
+    layer: Descriptor,
+    chunk_size: int,
+    stream: Stream,
+    where: str,
+) -> None:
+    """Adds the files of one layer; reads all of it, which checks its digest."""
+    from nydus.build.layer import BuildOptions, add_entry
+    from nydus.build.stream import Window
+    from nydus.build.tar import TarReader
+    from nydus.rafs import codec
+
+    options = BuildOptions(chunk_size=_SMALL)
+    named = next((layer.annotations[key] for key in _FILE_PATH if key in layer.annotations), "")
+    window = Window(iter(lambda: stream.read(_PIECE), b""), where)
+
+    def add_data(inode: int, start: int, size: int) -> None:
+        first = len(chunks.blob)
+        for offset in range(0, size, chunk_size):
+            piece = window.take(min(chunk_size, size - offset))
+            chunks.blob.append(number)
+            chunks.offset.append(start + offset)
+            chunks.size.append(len(piece))
+            chunks.crc.append(codec.crc32c(piece))
+        builder.set_chunks(inode, first, len(chunks.blob) - first)
+
+    if ".raw" in layer.media_type:
+        if not named:
+            raise FormatError("a raw layer without the name of its file", where=where, expected=_FILE_PATH[0])
+        path = _path(named.encode(), seen, where)
+        add_data(builder.add(path, stat.S_IFREG | 0o644, size=layer.size), 0, layer.size)
+        window.drain()
+        return
+    for entry in TarReader(window):
+        if entry.sparse is not None or entry.hard_link:
+            what = "sparse files and hard links cannot be used"
+            raise FormatError(what, where=where, found=repr(entry.name))
+        if stat.S_ISREG(entry.mode):
+            _path(entry.name, seen, where)
+        inode = add_entry(builder, entry, options)
+        if inode is not None and entry.size:
+            add_data(inode, entry.offset, entry.size)
+
+
+def _path(name: bytes, seen: set[bytes], where: str) -> bytes:
+    path = b"/" + b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
+    if b".." in path.split(b"/") or path == b"/":
+        raise FormatError("not the path of a file", where=where, found=repr(name))
+    if path in seen:
+        raise FormatError("another layer has this file, too", where=where, found=repr(name))
+    seen.add(path)
+    return path
+
+
+def tar_layers(manifest: Manifest) -> Iterator[tuple[Descriptor, str]]:
+    """The layers of a model artifact that hold its files, and the path of the file where it is one alone."""
+    for layer in manifest.layers:
+        if model.NYDUS_BOOTSTRAP not in layer.annotations:
+            named = next((layer.annotations[key] for key in _FILE_PATH if key in layer.annotations), "")
+            yield layer, named if ".raw" in layer.media_type else ""
