@@ -90,7 +90,7 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         if values["target"].startswith(SCHEME):
             with work_dir(Path(values["work_dir"])) as base:
                 with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    copied = run(LayoutPlace(Path(folder)))
+                    copied = run(LayoutPlace(Path(folder), name=values["target"]))
                     write_image(Layout(folder), containerd_place(values["target"]))
         elif values["target"].startswith("file://"):
             path = Path(values["target"].removeprefix("file://"))
@@ -106,7 +106,8 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
             )
             copied = run(target)
     log.result(
-        f"copied {copied.blobs} blobs, sent {human(copied.sent)}, {human(copied.present)} were there",
+        f"copied {copied.blobs} blobs, sent {human(copied.sent)}"
+        + (f", {human(copied.present)} were there" if copied.present else ""),
         {
             "target": values["target"],
             "digest": copied.descriptor.digest,

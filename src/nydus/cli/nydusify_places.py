@@ -143,7 +143,7 @@ def new_archive(path: Path, reference: Reference, folder: Path, option: str) -> 
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}") from error
     with work_dir(folder) as base, tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as layout:
-        yield LayoutPlace(Path(layout))
+        yield LayoutPlace(Path(layout), name=str(path))
         write_archive(Layout(layout), path, reference)
 
 

@@ -29,7 +29,7 @@ def progress_for(log: Log) -> Iterator[Progress]:
 
     bars = RichProgress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
@@ -105,19 +105,17 @@ class Terminal:
     def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
         self._layers, self._verb = layers, verb
         for position, layer in enumerate(layers):
-            name = f"layer {position + 1:>2} {layer.digest[7:19]}"
+            name = f"layer {position + 1:>2} {layer.digest[7:15]}"
             self._tasks[id(layer)] = self._bars.add_task(name, total=layer.size, note="waiting")
         self._all = self._bars.add_task(
-            "all layers".ljust(21), total=sum(each.size for each in layers), note=""
+            "all layers".ljust(17), total=sum(each.size for each in layers), note=""
         )
 
     def changed(self, layer: LayerProgress) -> None:
-        note = self._verb.kept if layer.reused else "done" if layer.state == "done" else self._verb.doing
-        self._bars.update(
-            self._tasks[id(layer)],
-            completed=layer.downloaded,
-            note=f"{note}: built {human(layer.built)}, sent {human(layer.uploaded)}",
-        )
+        done = self._verb.kept if layer.reused else self._verb.done
+        # All of it must fit into 80 columns.
+        note = done if layer.state == "done" else f"sent {human(layer.uploaded)}"
+        self._bars.update(self._tasks[id(layer)], completed=layer.downloaded, note=note)
         if self._all is not None:
             sent = sum(each.uploaded for each in self._layers)
             read = sum(each.downloaded for each in self._layers)
