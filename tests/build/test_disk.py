@@ -7,16 +7,20 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import nydus
 from api.test_image import blobs_of, open_vector
-from build.test_archive import run
+from api.test_image import describe as image_rows
+from build.test_archive import FILES, random_image, run
 from conformance.content import expected
 from nydus.build import verity
 from nydus.build.bootstrap import read_bytes
@@ -24,6 +28,7 @@ from nydus.build.compact import CompactOptions, compact
 from nydus.build.disk import write_disk
 from nydus.build.optimize import PrefetchFile, optimize
 from nydus.build.verity import Verity
+from nydus.mount import erofs
 
 IMAGES = [
     "v5-dir-zstd", "v5-dir-none", "v5-inline-meta", "v6-dir-zstd", "v6-dir-4k-chunks", "v6-dir-batch",
@@ -40,7 +45,11 @@ def loop_mounted(disk: Path, mountpoint: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", mountpoint], check=True)
-    assert str(disk) not in subprocess.run(["losetup", "-a"], capture_output=True, text=True).stdout
+    for _ in range(50):  # which takes a moment where somebody else looks at devices
+        if str(disk) not in subprocess.run(["losetup", "-a"], capture_output=True, text=True).stdout:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a loop device was left")
 
 
 def describe(root: Path) -> dict[str, dict[str, Any]]:
@@ -126,6 +135,28 @@ def test_rewritten_images_mount(name: str, vectors: Path, tmp_path: Path) -> Non
         write_disk(image.with_tree(tree), file.write)
     with loop_mounted(tmp_path / "disk", tmp_path / "mnt"):
         assert describe(tmp_path / "mnt") == rows
+
+
+@pytest.mark.root
+@given(entries=st.lists(FILES, max_size=12), version=st.sampled_from([5, 6]))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_trees_in_the_kernel(
+    entries: list[Any], version: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """build → mount is the same tree."""
+    folder = tmp_path_factory.mktemp("random")
+    image = random_image(entries, version, str(folder))
+    if image is None:
+        return
+    with image, (folder / "disk").open("wb") as file:
+        expected_rows = image_rows(image)
+        write_disk(image, file.write)
+    (folder / "mnt").mkdir()
+    erofs.mount(folder / "disk", [], folder / "mnt")
+    try:
+        assert describe(folder / "mnt") == expected_rows
+    finally:
+        erofs.umount(folder / "mnt")
 
 
 @pytest.mark.vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -194,13 +196,19 @@ def apply(root: Path, changes: list[tuple[str, str, bytes]]) -> None:
             continue
 
 
-def tree_of(root: Path) -> list[str]:
-    found = []
+def tree_of(root: Path) -> dict[str, tuple[object, ...]]:
+    """Names with mode, owner, time and content (of directories only the mode)."""
+    found: dict[str, tuple[object, ...]] = {}
     for folder, folders, files in os.walk(root):
-        base = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(base, name)) + "/" for name in folders]
-        found += [os.path.normpath(os.path.join(base, name)) for name in files]
-    return sorted(found)
+        for name in folders + files:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            row: tuple[object, ...] = (status.st_mode,)
+            if name in files:
+                content = blake3(Path(path).read_bytes()).digest() if status.st_size else b""
+                row = (status.st_mode, status.st_uid, status.st_mtime_ns, status.st_size, content)
+            found["/" + os.path.relpath(path, root)] = row
+    return found
 
 
 @pytest.mark.root
@@ -214,7 +222,7 @@ def test_like_overlayfs(
     base.mkdir()
     apply(base, [("file", "a/b/c", b"0"), ("file", "b/a", b"0"), ("dir", "c/d", b"")])
     folders = [base]
-    shown: list[str] = []
+    shown: dict[str, tuple[object, ...]] = {}
     for number, changes in enumerate(layers):
         where = root / f"mount{number}"
         with mounted(folders, where) as upper:
@@ -224,7 +232,14 @@ def test_like_overlayfs(
     options = BuildOptions(compression=Compression.NONE, whiteout=Whiteout.NONE, workers=1)
     trees = [build_directory(str(folder), lambda data: None, options).tree for folder in folders]
     tree = overlay(trees, Whiteout.OVERLAYFS)
-    kinds = (tree.nodes["mode"] & 0o170000) == 0o40000
-    found = sorted(os.fsdecode(path)[1:] + ("/" if kinds[row] else "") for row, path in tree.walk() if row)
+    found: dict[str, tuple[object, ...]] = {}
+    for row, path in tree.walk():
+        node = tree.nodes[row]
+        found[os.fsdecode(path)] = (int(node["mode"]),)
+        if stat.S_ISREG(int(node["mode"])):
+            time = int(node["mtime"]) * 10**9 + int(node["mtime_ns"])
+            content = b"".join(chunk.tobytes() for chunk in tree.node_chunks(row)["digest"])
+            found[os.fsdecode(path)] += (int(node["uid"]), time, int(node["size"]), content)
+    del found["/"]
     assert found == shown
     assert not tree.flags & SuperFlag.TARFS
