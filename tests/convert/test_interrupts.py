@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,3 +167,28 @@ def test_a_registry_that_hangs_while_files_are_compared(
     assert process.returncode == 130 and "interrupted" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_storage_backend_that_hangs(
+    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path
+) -> None:
+    """The client library of object stores hears no signal; the command ends nevertheless."""
+    folder = json.dumps({"dir": str(tmp_path / "blobs")})
+    where = ("--backend-type", "localfs", "--backend-config", folder)
+    stored = f"{source}-stored"
+    assert nydusify("convert", "--source", source, "--target", stored, "--plain-http", *where).returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        bucket = {
+            "bucket_name": "b", "region": "r", "scheme": "http", "access_key_id": "a", "access_key_secret": "s",
+            "endpoint": f"127.0.0.1:{silent.getsockname()[1]}",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("nydusify"), "check", "--plain-http", "--target", stored,
+             "--target-backend-type", "s3", "--target-backend-config", json.dumps(bucket)],
+            stderr=subprocess.PIPE, text=True, cwd=tmp_path / "cwd", start_new_session=True,
+        )  # fmt: skip
+        connection, _ = silent.accept()
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=2 * SOON)
+        connection.close()
+    assert process.returncode == 130 and "interrupted" in stderr.splitlines()[-1]

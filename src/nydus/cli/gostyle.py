@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +23,9 @@ from nydus.cli.logs import Log
 from nydus.errors import ConfigError, NydusError
 
 _TRUE, _FALSE = {"1", "t", "T", "true", "TRUE", "True"}, {"0", "f", "F", "false", "FALSE", "False"}
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds that a program which was told to end has for ending in order.
+_PATIENCE = 6.0
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -169,6 +175,7 @@ def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: an error is one fatal line on standard error and exit code 1."""
     log = Log()
     end_in_order(_cut_connections)
+    _end_soon(log)
     try:
         code = command.main(prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -191,6 +198,29 @@ def run(command: click.Command, name: str) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+
+
+def _end_soon(log: Log) -> None:
+    """Ends the program though it does not end in order: C code that waits for a server hears no signal."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)[0]) not in _ENDING:
+            pass
+        left = _PATIENCE
+        while left > 0:
+            time.sleep(0.2)
+            connections = sys.modules.get("nydus.oci.connections")
+            left = _PATIENCE if connections and connections.is_held() else left - 0.2
+        current = _current(log)
+        if current.terminal:
+            current.stream.write("\x1b[?25h")  # the cursor, which bars hide
+        current.fatal(Ended(number).text)
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, name="ending", daemon=True).start()
 
 
 def _cut_connections() -> None:

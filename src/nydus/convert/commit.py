@@ -20,6 +20,7 @@ from nydus.convert.opened import COMMITTED_BLOBS, Opened, open_nydus, put_varian
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
 from nydus.errors import ConfigError, NydusError
+from nydus.oci.connections import held
 from nydus.oci.model import Descriptor
 from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
@@ -101,7 +102,7 @@ def commit(
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder:
         progress.note("committing changes", container=container.id)
         started = time.monotonic()
-        with containers.paused(container):
+        with held(), containers.paused(container):
             parts = build_parts(
                 opened, container.upper, f"/proc/{container.pid}/root", selection, Path(folder)
             )

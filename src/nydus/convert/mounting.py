@@ -18,6 +18,7 @@ from typing import Any
 
 from nydus.daemon.client import DaemonClient
 from nydus.errors import ConfigError, MountError, NydusError
+from nydus.oci.connections import held
 from nydus.oci.mirrored import MirroredPlace
 from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
 
@@ -124,20 +125,21 @@ def mounted(
     command = [nydusd] if nydusd else [sys.executable, "-P", "-m", "nydus.cli.nydusd"]
     command += ["--config", str(config_file), "--mountpoint", str(mountpoint), "--bootstrap", str(bootstrap)]
     command += ["--apisock", str(socket), "--log-level", "warn"]
-    try:
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-    except OSError as error:
-        raise MountError(f"cannot start {command[0]}: {error.strerror}") from error
-    try:
-        _wait(process, DaemonClient(socket), log)
-        yield process
-    finally:
-        _stop(process, mountpoint)
-        if elsewhere:
-            shutil.rmtree(elsewhere, ignore_errors=True)
+    with held():
+        try:
+            with open(log, "wb") as output:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                )
+        except OSError as error:
+            raise MountError(f"cannot start {command[0]}: {error.strerror}") from error
+        try:
+            _wait(process, DaemonClient(socket), log)
+            yield process
+        finally:
+            _stop(process, mountpoint)
+            if elsewhere:
+                shutil.rmtree(elsewhere, ignore_errors=True)
 
 
 def _wait(process: subprocess.Popen[bytes], client: DaemonClient, log: Path) -> None:

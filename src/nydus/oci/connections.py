@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import urllib3
@@ -15,6 +16,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 interrupted = threading.Event()
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_holds: list[None] = []
 _lock = threading.RLock()  # a signal may come to the thread that has it
 
 
@@ -26,6 +28,20 @@ def interrupt() -> None:
             with contextlib.suppress(OSError):
                 # That of a TLS socket first forgets the TLS, and a thread about to send would do without.
                 socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """While something is to be undone that would outlive the command: an interrupted one waits for that."""
+    _holds.append(None)
+    try:
+        yield
+    finally:
+        _holds.pop()
+
+
+def is_held() -> bool:
+    return bool(_holds)
 
 
 def _note(connection: Any) -> None:
