@@ -179,7 +179,8 @@ def test_a_storage_backend_that_hangs(
     assert nydusify("convert", "--source", source, "--target", stored, "--plain-http", *where).returncode == 0
     with socket.create_server(("127.0.0.1", 0)) as silent:
         bucket = {
-            "bucket_name": "b", "region": "r", "scheme": "http", "access_key_id": "a", "access_key_secret": "s",
+            "bucket_name": "b", "region": "r", "scheme": "http",
+            "access_key_id": "a", "access_key_secret": "s",
             "endpoint": f"127.0.0.1:{silent.getsockname()[1]}",
         }  # fmt: skip
         process = subprocess.Popen(
