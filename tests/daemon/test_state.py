@@ -11,7 +11,9 @@ from nydus.errors import FormatError
 
 def example() -> State:
     instance = InstanceState(1, "/a", "/mnt/a", "/boot", "{}", ["/etc"], "now", "blobfs", "works", [2], True)
-    return State("RUNNING", True, 2, [instance], [FileState(2, 4096, "blob", 1, 0, [7])], {"/a": {"k": "v"}})
+    return State(
+        "RUNNING", True, True, 2, [instance], [FileState(2, 4096, "blob", 1, 0, [7])], {"/a": {"k": "v"}}
+    )
 
 
 def test_round_trip() -> None:

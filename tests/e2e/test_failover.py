@@ -26,6 +26,7 @@ from nydusd_process import localfs_config
 
 import nydus
 from conftest import Image
+from nydus.daemon.client import DaemonClient
 from nydus.daemon.spawn import WarmParent
 from nydus.oci.registry import Registry
 from nydus.snapshotter import daemons, images
@@ -148,6 +149,26 @@ def test_many_kills_lose_nothing(
             host.remove("one", "container")
             kills += host.kills
         shutil.rmtree(host.root)
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_a_daemon_that_is_told_to_exit_has_a_successor(image: Image, tmp_path: Path, mode: str) -> None:
+    """That is how a running daemon gets newer code; no reader notices."""
+    with Host(tmp_path / "host", image.blobs, mode) as host:
+        host.pull("one", image.bootstrap)
+        mounted = host.run("one", "container")
+        readers = [reader(image, mounted, seed) for seed in range(3)]
+        (socket,) = host.root.glob("socket/*/api.sock")
+        known: set[int | None] = {None}
+        for _ in range(4):
+            wait_for(lambda: daemon_pid(socket) not in known)
+            known.add(daemon_pid(socket))
+            client = DaemonClient(socket)
+            client.wait("RUNNING")
+            client.exit()
+        assert [(process.communicate()[1], process.returncode) for process in readers] == [("", 0)] * 3
+        wait_for(lambda: daemon_pid(socket) not in known)
+        host.remove("one", "container")
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "shared"])

@@ -40,7 +40,7 @@ class Fake:
         return self.is_ready
 
     def read(self, offset: int, length: int) -> list[Buffer]:
-        self.pause.wait(10)
+        self.pause.wait(60)
         self.reads.append((offset, length))
         if self.problem is not None:
             raise self.problem
@@ -121,7 +121,7 @@ def test_a_backend_that_does_not_answer_holds_up_its_own_file_only(fs: BlobFs) -
     ]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while len(fs.inflight()) < len(threads):
         assert time.monotonic() < end
         time.sleep(0.001)

@@ -170,7 +170,7 @@ class ApiServer:
         if self._daemon.state not in (READY, RUNNING):
             raise WrongState("Exit")
         # Without a controller nobody could serve the mounts any more.
-        keep = transfer.pushed()
+        keep = self._daemon.held
         return Response(204, after=lambda: self._stop.request(keep_mounts=keep))
 
     def _send_state(self, request: Request) -> None:
@@ -180,6 +180,8 @@ class ApiServer:
         blobfs = self._daemon.devices.blobfs
         descriptors = [fd for fd in (blobfs.device, blobfs.mount) if fd >= 0] if blobfs is not None else []
         transfer.push(supervisor, self._daemon.snapshot(), descriptors)
+        self._daemon.held = True
+        self._daemon.report()
 
     def _take_over(self, request: Request) -> None:
         supervisor = self._daemon.options.supervisor
@@ -198,6 +200,7 @@ class ApiServer:
                     if descriptor is not None:
                         os.close(descriptor)
             raise
+        self._daemon.held = True
         self._daemon.report()
 
     # Mounts

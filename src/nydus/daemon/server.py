@@ -65,6 +65,7 @@ class Daemon:
         self.pool = Pool()
         self.devices = Devices(threads=options.threads, descriptors=descriptors, changed=self._on_change)
         self.state = INIT
+        self.held = False  # a controller has our descriptors, and can start a successor
         self._report, self._tell_busy = report, busy
         self._mounting = 0
         self._lock = threading.RLock()
@@ -94,6 +95,7 @@ class Daemon:
         with self._lock:
             return State(
                 state=self.state,
+                held=self.held,
                 shared=self._shared,
                 next_number=self._next_number,
                 instances=[instance.state for instance in self._instances.values()],
@@ -123,7 +125,7 @@ class Daemon:
         with self._lock:
             if self.state != INIT:
                 raise WrongState("Takeover")
-            self._shared = state.shared
+            self._shared, self.held = state.shared, state.held
             self._next_number, self._runtime = state.next_number, state.runtime
             for saved in state.instances:
                 try:

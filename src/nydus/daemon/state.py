@@ -44,7 +44,10 @@ class FileState(msgspec.Struct):
 
 
 class State(msgspec.Struct):
+    """All of it. ``held``: a controller has the descriptors, too."""
+
     state: str = "INIT"
+    held: bool = False
     shared: bool = False
     next_number: int = 1
     instances: list[InstanceState] = []

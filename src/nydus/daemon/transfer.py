@@ -18,17 +18,9 @@ _TIMEOUT = 10.0
 _LIMIT = 64 << 20
 _MAX_DESCRIPTORS = 16
 
-_pushed = False
-
-
-def pushed() -> bool:
-    """Whether a controller holds this daemon's descriptors."""
-    return _pushed
-
 
 def push(path: Path, state: State, descriptors: list[int]) -> None:
     """Gives a controller all it needs to start a successor."""
-    global _pushed
     data = states.encode(state)
     with _connect(path) as connection:
         try:
@@ -36,7 +28,6 @@ def push(path: Path, state: State, descriptors: list[int]) -> None:
             connection.sendall(data[sent:])
         except OSError as error:
             raise NydusError(f'Upgrade(DaemonAbnormal(UpgradeManager("{path}: {error}")))') from None
-    _pushed = True
 
 
 def pull(path: Path) -> tuple[State, tuple[int | None, int | None]]:

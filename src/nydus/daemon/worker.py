@@ -147,5 +147,8 @@ def _watch_mounts(daemon: Daemon, stop: Stop) -> None:
 def _drain(daemon: Daemon) -> None:
     end = time.monotonic() + _DRAIN
     blobfs = daemon.devices.blobfs
-    while blobfs is not None and blobfs.inflight() and time.monotonic() < end:
+    if blobfs is None:
+        return
+    blobfs.leave()
+    while blobfs.inflight() and time.monotonic() < end:
         time.sleep(0.01)

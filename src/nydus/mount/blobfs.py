@@ -185,6 +185,7 @@ class BlobFs:
         self._names: dict[bytes, int] = {}
         self._lock = threading.Lock()
         self._inflight: dict[int, tuple[int, float]] = {}
+        self._leaving = False
         self._threads: list[threading.Thread] = []
         self._reported: dict[tuple[str, int], float] = {}
 
@@ -291,6 +292,10 @@ class BlobFs:
             thread.start()
             self._threads.append(thread)
 
+    def leave(self) -> None:
+        """Takes no more requests and answers none with an error: a successor has them sent again."""
+        self._leaving = True
+
     def resend(self) -> None:
         """Asks the kernel to send every unanswered request again."""
         try:
@@ -331,7 +336,7 @@ class BlobFs:
         # was just handing out: EIO for the reader, and no successor is asked for it.
         buffer = syscalls.resident_buffer(_REQUEST)
         view = memoryview(buffer)
-        while True:
+        while not self._leaving:
             try:
                 length = os.readv(self.device, [buffer])
             except OSError as error:
@@ -475,7 +480,9 @@ class BlobFs:
         except Exception as error:
             problem = error
         try:
-            if problem is not None:
+            if problem is not None and self._leaving:
+                log.debug("left to the successor: %s", problem)
+            elif problem is not None:
                 self._report(file, offset, size, problem)
                 self._reply(unique, error=errno.EIO)
             else:
