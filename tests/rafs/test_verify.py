@@ -37,7 +37,8 @@ def test_reference_images_are_sound(vectors: Path) -> None:
     for path in paths:
         if path.is_file():
             assert verify(path.read_bytes(), str(path))[1] == []
-    for image in (vectors / "oci").glob("v*.tar"):
+    images = [*(vectors / "oci").glob("v*.tar"), *(vectors / "upstream/snapshotter").glob("v?-boot*.tar.gz")]
+    for image in images:
         with tarfile.open(image) as archive:
             for member in archive:
                 if member.name.endswith("boot"):
