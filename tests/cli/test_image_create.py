@@ -334,3 +334,22 @@ def test_tables_of_a_reference_are_found(
     layer.write_bytes(archive.read_bytes())
     run("create", "-t", kind, "-B", tmp_path / "boot", "-D", tmp_path, *features, archive)
     run("check", tmp_path / "boot", "-D", tmp_path)
+
+
+@pytest.mark.parametrize("features", [(), ("--features", "blob-toc")])
+def test_a_converted_image_is_sound_with_its_blobs(
+    archive: Path, folder: Path, tmp_path: Path, features: tuple[str, ...]
+) -> None:
+    """As converters make it: layers with their bootstraps inline, then merged."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    layers = []
+    for kind, source in (("tar-rafs", archive), ("dir-rafs", folder)):
+        blob = tmp_path / "blob"
+        run("create", "-t", kind, "--blob-inline-meta", *features, "-b", blob, source)
+        layers.append(blob.rename(blobs / hashlib.sha256(blob.read_bytes()).hexdigest()))
+    run("merge", "-B", tmp_path / "boot", *layers)
+    done = run("check", tmp_path / "boot", "-D", blobs)
+    assert done.stdout.count(b"compressed size") == 4
+    layers[0].write_bytes(layers[0].read_bytes()[:100])
+    assert b"wrong size of the blob" in run("check", tmp_path / "boot", "-D", blobs, code=1).stderr
