@@ -6,10 +6,12 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from faulty import (
@@ -32,6 +34,7 @@ from nydus.oci.model import Descriptor, Manifest
 from nydus.oci.place import RegistryPlace
 from nydus.oci.reference import parse
 from nydus.oci.registry import Registry, Repository
+from nydus.oci.transport import Policy
 
 LARGE = os.urandom(1 << 20) * 12
 
@@ -276,6 +279,35 @@ def test_an_upload_that_is_sent_elsewhere(
             assert path.read_bytes() == data
         assert len(other.seen) >= 3
         assert not any("Authorization" in headers for *_, headers in other.seen)
+
+
+class Slow:
+    """A stream that gives 8 MB in a second."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read1(self, size: int) -> bytes:
+        data: bytes = self._stream.read1(min(size, 64 << 10))  # type: ignore[attr-defined]
+        time.sleep(len(data) / 8e6)
+        return data
+
+
+def test_a_large_request_over_a_slow_link(server: FaultyRegistry) -> None:
+    """The time limit is for standing still, not for the whole body."""
+
+    def slow(handler: FaultyHandler) -> None:
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        handler.rfile = Slow(handler.rfile)  # type: ignore[assignment]
+
+    server.intercepts.append(lambda handler: handler.command == "PATCH" and bool(slow(handler)))
+    policy = Policy(connect_timeout=0.5, attempts=1)
+    with Registry(server.host, plain_http=True, policy=policy, push_chunk_size=24 << 20) as registry:
+        put(registry.repository("a"), LARGE * 2)
+    assert (server.store.blobs / hashlib.sha256(LARGE * 2).hexdigest()).read_bytes() == LARGE * 2
 
 
 def test_a_body_that_stalls(server: FaultyRegistry, repository: Repository) -> None:

@@ -7,7 +7,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import IO, TypeVar
@@ -30,7 +30,7 @@ from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenge
 from nydus.oci.connections import interrupted, watch
 
 T = TypeVar("T")
-Body = bytes | IO[bytes] | Iterable[bytes] | None
+Body = bytes | IO[bytes] | Iterable[bytes | memoryview] | None
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
@@ -38,6 +38,8 @@ _ERROR_BODY = 64 << 10
 #: Seconds for what is still to be said by a command that was interrupted.
 _LAST_WAIT = 2.0
 _PIECE = 1 << 20
+#: The time limit of a socket is for all that it is given at once, however much that is.
+_SENT_AT_ONCE = 256 << 10
 _SIZE = re.compile(r"[0-9]{1,18}")
 _PORTS = {"http": 80, "https": 443}
 
@@ -167,10 +169,13 @@ class Transport:
             if method != "DELETE":  # which tells a registry to forget an upload
                 raise BackendError(f"{self.host}: interrupted", permanent=True)
             wait = _LAST_WAIT
-        # urllib3 uses the connect timeout for sending the body too.
+        # urllib3 uses the connect timeout for sending, too.
         timeout = urllib3.Timeout(connect=wait if streaming else self.policy.connect_timeout, read=wait)
         own = self._headers if self.at_home(url) else {}
         sent = {"User-Agent": f"pynydus/{__version__}", **own, **headers}
+        if isinstance(body, bytes) and len(body) > _SENT_AT_ONCE:
+            sent["Content-Length"] = str(len(body))
+            body = _pieces(body)
         try:
             return self._pool.request(
                 method,
@@ -400,6 +405,12 @@ def _through(proxy: str, options: dict[str, object]) -> urllib3.ProxyManager:
     except (HTTPError, ValueError) as error:
         where = proxy.rpartition("@")[2]
         raise BackendError(f"cannot use the proxy {where!r}: {error}", permanent=True) from error
+
+
+def _pieces(body: bytes) -> Iterator[memoryview]:
+    view = memoryview(body)
+    for start in range(0, len(view), _SENT_AT_ONCE):
+        yield view[start : start + _SENT_AT_ONCE]
 
 
 def _reason(error: BaseException) -> str:
