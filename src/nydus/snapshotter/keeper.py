@@ -61,8 +61,14 @@ class Keeper:
             NydusError: nothing came of it.
         """
         received: list[_Estate] = []
-        with self._visit(name, lambda connection: received.append(_receive(connection))):
-            client.send_state()
+        try:
+            with self._visit(name, lambda connection: received.append(_receive(connection))):
+                client.send_state()
+        except BaseException:
+            # Of one that died while it answered. Nobody would ever let go of these descriptors.
+            for estate in received:
+                estate.close()
+            raise
         if not received:
             raise NydusError(f"daemon {name} has not handed over its descriptors")
         self._replace(name, received[0])
