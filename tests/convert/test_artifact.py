@@ -129,6 +129,12 @@ def test_what_cannot_be_used(
     assert "a bootstrap already" in refused(f"{artifact}-done")
     assert "layer 1 is compressed (gzip)" in refused(push(server, weight=TYPE.format("weight", "tar+gzip")))
     assert "layer 1 is of an unknown type" in refused(push(server, weight="text/plain"))
+    for size in ("0x8000000", "0x200000000", "0x1001", "-4096"):
+        done = nydusify(
+            *("convert", "--source", artifact, "--source-backend-type", "model-artifact", *options),
+            *("--chunk-size", size),
+        )
+        assert "chunk-size must be a power of two from 0x1000 to 0x4000000" in one_fatal_line(done)
     done = nydusify("convert", "--source", artifact, *options)
     assert done.returncode == 1 and "--source-backend-type model-artifact" in one_fatal_line(done)
 

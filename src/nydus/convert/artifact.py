@@ -35,7 +35,7 @@ ARTIFACT_TYPE = "containerd.io/snapshot/nydus-artifact-type"
 BACKEND = "image/backend.json"
 _FILE_PATH = ("org.cnai.model.filepath", "org.cncf.model.filepath")
 _LAYER = re.compile(r"application/vnd\.(?:cnai|cncf)\.model\.([a-z.]+)\.v1\.(tar|raw)(\+[a-z]+)?")
-_LARGE, _SMALL = 64 << 20, 4 << 20
+_LARGE, _SMALL, _LEAST = 64 << 20, 4 << 20, 4 << 10
 _KINDS_LARGE = ("weight", "dataset")
 _PIECE = 1 << 20
 
@@ -62,13 +62,17 @@ def convert_artifact(
     Every layer is read once, for its digest and the CRCs of its chunks.
 
     Args:
-        chunk_size: of weights and datasets; 0 is 64 MiB.
+        chunk_size: of weights and datasets, a power of two from 4 KiB to 64 MiB; 0 is 64 MiB.
 
     Raises:
         ConfigError: no model artifact, or one whose layers are compressed.
         NydusError: what is wrong, and in which layer.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
+    if chunk_size and (chunk_size & (chunk_size - 1) or not _LEAST <= chunk_size <= _LARGE):
+        raise ConfigError(
+            f"chunk-size must be a power of two from {_LEAST:#x} to {_LARGE:#x}, not {chunk_size:#x}"
+        )
     name, started = reference_name(target), time.monotonic()
     progress.note(f"pulling image {source}")
     reader = source.open()
