@@ -12,6 +12,7 @@ from documents import load
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify, one_fatal_line
 
+from nydus.errors import ConfigError, FormatError
 from nydus.oci import encryption, model
 from nydus.oci.place import RegistryPlace
 from nydus.oci.reference import parse
@@ -67,12 +68,21 @@ def test_its_documents(server: FaultyRegistry, image: str) -> None:
 
 @pytest.mark.parametrize("name", ["rsa", "ec"])
 def test_a_recipient_can_use_it(
-    nydusify: Nydusify, source: str, image: str, pairs: dict[str, tuple[Path, Path]], name: str
+    nydusify: Nydusify,
+    source: str,
+    image: str,
+    pairs: dict[str, tuple[Path, Path]],
+    name: str,
+    tmp_path: Path,
 ) -> None:
     key = ("--decryption-key", str(pairs[name][0]))
     common = ("--source", source, "--plain-http", *key)
-    done = nydusify("check", "--target", image, "--no-mount", *common)
+    work = tmp_path / "work"
+    done = nydusify("check", "--target", image, "--no-mount", "--work-dir", str(work), *common)
     assert done.returncode == 0 and "the same as" in done.stderr, done.stderr
+    assert (work / "target/nydus_bootstrap").stat().st_mode & 0o077 == 0, (
+        "the bootstrap has the keys of blobs"
+    )
     found = json.loads(nydusify("info", image, "--plain-http", "--json", *key).stdout)
     assert found["encrypted"] and found["files"] > 0
     back = f"{source}-back"
@@ -125,9 +135,28 @@ def test_wrong_recipients(nydusify: Nydusify, source: str, recipient: str, words
     assert words in one_fatal_line(nydusify("convert", *options))
 
 
-def test_a_changed_layer_is_noticed(pairs: dict[str, tuple[Path, Path]]) -> None:
-    from nydus.errors import FormatError
+@pytest.mark.parametrize("password", ["secret", "pass=word"])
+def test_a_key_with_a_password(tmp_path: Path, pairs: dict[str, tuple[Path, Path]], password: str) -> None:
+    locked, file = tmp_path / "locked.pem", tmp_path / "password"
+    file.write_text(f"{password}\n")
+    command = [
+        "openssl",
+        "pkcs8",
+        "-topk8",
+        "-in",
+        pairs["rsa"][0],
+        "-out",
+        locked,
+        "-passout",
+        f"file:{file}",
+    ]
+    subprocess.run(command, check=True)
+    assert encryption.private_keys([f"{locked}:pass={password}", f"{locked}:file={file}"])
+    with pytest.raises(ConfigError, match="not a usable key"):
+        encryption.private_keys([f"{locked}:pass=wrong"])
 
+
+def test_a_changed_layer_is_noticed(pairs: dict[str, tuple[Path, Path]]) -> None:
     key = encryption.private_keys([str(pairs["rsa"][0])])
     stored, annotations = encryption.encrypt(b"data" * 100, encryption.recipients([f"jwe:{pairs['rsa'][1]}"]))
     assert encryption.decrypt(stored, annotations, key, "x") == b"data" * 100

@@ -254,8 +254,11 @@ def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> 
             side.name,
             f"wrong diff id of the bootstrap layer: config has {wanted}, it is {diff_id}",
         )
+    bootstrap = folder / "nydus_bootstrap"
+    # That of an encrypted image holds the keys of its blobs.
+    bootstrap.mkdir(mode=0o700 if layer.media_type.endswith(ENCRYPTED) else 0o777)
     for name, data in side.files.items():
-        path = folder / "nydus_bootstrap" / name
+        path = bootstrap / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 

@@ -76,7 +76,8 @@ def private_keys(texts: Sequence[str]) -> list[JWK]:
         path, _, password = text.partition(":")
         if password.startswith("file="):
             password = _read(password.removeprefix("file=")).decode(errors="replace").rstrip("\r\n")
-        password = password.removeprefix("pass=")
+        else:
+            password = password.removeprefix("pass=")
         key = _load(path, password.encode() or None)
         if not key.has_private:
             raise ConfigError(f"{path}: is a public key; a private one is needed to decrypt")
