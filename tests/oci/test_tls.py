@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from faulty import QUICK, FaultyRegistry
+from urllib3.connection import HTTPSConnection
+from urllib3.util.ssltransport import SSLTransport
 
 from nydus.errors import BackendError
-from nydus.oci import model
+from nydus.oci import connections, model
 from nydus.oci.registry import Registry
 
 
@@ -83,3 +88,16 @@ def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pem", Path(__file__)):
         with pytest.raises(BackendError, match="not a usable CA certificate"):
             Registry("r.io", ca_certs=[str(path)])
+
+
+def test_an_interruption_cuts_tls_inside_of_the_tls_to_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    inner = SSLTransport.__new__(SSLTransport)  # whose handshake would need two servers
+    inner.socket = ours
+    monkeypatch.setattr(HTTPSConnection, "connect", lambda self: setattr(self, "sock", inner))
+    monkeypatch.setattr(connections, "interrupted", threading.Event())
+    pools = connections.watch(urllib3.PoolManager()).pool_classes_by_scheme
+    with ours, theirs:
+        pools["https"].ConnectionCls("localhost").connect()
+        connections.interrupt()
+        assert theirs.recv(1) == b""

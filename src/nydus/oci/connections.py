@@ -45,9 +45,12 @@ def is_held() -> bool:
 
 
 def _note(connection: Any) -> None:
-    if connection.sock is not None:
+    found = connection.sock
+    if found is not None:
+        # TLS inside of the TLS to a proxy is no socket, but has one.
+        found = found if isinstance(found, socket.socket) else found.socket
         with _lock:
-            _open.add(connection.sock)
+            _open.add(found)
 
 
 class _Plain(HTTPConnection):
