@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +12,13 @@ from faulty import FaultyRegistry
 from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy
-from nydus.oci.place import ArchivePlace, RegistryPlace
+from nydus.convert.mounting import registry_backend
+from nydus.oci.mirrored import Host, MirroredPlace
+from nydus.oci.place import ArchivePlace, RegistryPlace, registry_place
 from nydus.oci.reference import parse
 
 pytestmark = pytest.mark.vectors
+PASSWORDS = {"private.io": b"1", "same.io": b"1", "other.io": b"2"}
 
 
 @pytest.fixture
@@ -102,6 +107,32 @@ def test_a_mount_reads_the_mirror(
     assert done.returncode == 0, done.stderr
     ranges = [headers["Range"] for _, _, headers in mirror.seen if "Range" in headers]
     assert ranges and not [headers for _, _, headers in server.seen if "Range" in headers]
+
+
+def test_a_daemon_shows_mirrors_nothing_that_is_not_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign_in = {host: {"auth": b64encode(b"u:" + word).decode()} for host, word in PASSWORDS.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": sign_in}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    mirrors = tuple(Host(f"https://{name}") for name in ("same.io", "other.io", "none.io"))
+    careless = Host("https://same.io", skip_verify=True)
+
+    def told(name: str, server: Host | None = None) -> tuple[str, str, list[str], bool]:
+        place = registry_place(parse(f"{name}/small:1"))
+        config = registry_backend(
+            MirroredPlace(
+                place.reference, credentials=place.credentials, mirrors=(*mirrors, careless), server=server
+            )
+        )["config"]
+        word = b64decode(config.get("auth", "")).decode()
+        return config["host"], word, [each["host"] for each in config["mirrors"]], config["skip_verify"]
+
+    every = [mirror.url for mirror in mirrors]
+    assert told("private.io") == ("private.io", "u:1", ["https://same.io"], False)
+    assert told("public.io") == ("public.io", "", every, False)
+    assert told("private.io", Host("https://other.io")) == ("other.io", "u:2", ["https://other.io"], False)
+    assert told("private.io", Host("https://none.io")) == ("none.io", "", every, False)
 
 
 def test_wrong_files(source: str, nydusify: Nydusify, tmp_path: Path, server: FaultyRegistry) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from nydus.daemon.client import DaemonClient
 from nydus.errors import ConfigError, MountError, NydusError
+from nydus.oci.auth import Credentials
 from nydus.oci.connections import held
 from nydus.oci.mirrored import MirroredPlace
 from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
@@ -31,9 +32,14 @@ _SOCKET_PATH = 96
 def registry_backend(place: RegistryPlace) -> dict[str, Any]:
     """The ``device.backend`` of a daemon that reads blobs from the repository of an image."""
     reference, mine = place.reference, place.credentials
+    scheme, host = "http" if place.plain_http else "https", reference.endpoint
+    server = place.server if isinstance(place, MirroredPlace) else None
+    if server:  # the sign-in data are its own, too
+        scheme, _, host = server.url.partition("://")
+        mine = server.credentials()
     config: dict[str, Any] = {
-        "scheme": "http" if place.plain_http else "https",
-        "host": reference.endpoint,
+        "scheme": scheme,
+        "host": host,
         "repo": reference.repository,
         "skip_verify": place.insecure,
         "ca_cert_files": list(place.certificates.ca),
@@ -45,22 +51,27 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
     elif mine and mine.registry_token:
         config["registry_token"] = mine.registry_token
     elif mine:
-        raise ConfigError(f"{reference.host}: nydusd cannot use an identity token; log in with a password")
+        raise ConfigError(f"{host}: nydusd cannot use an identity token; log in with a password")
     if place.proxy:
         config["proxy"] = {"url": place.proxy, "fallback": False}
     if isinstance(place, MirroredPlace):
-        _add_mirrors(config, place)
+        _add_mirrors(config, place, mine)
     return {"type": "registry", "config": config}
 
 
-def _add_mirrors(config: dict[str, Any], place: MirroredPlace) -> None:
-    """Has the daemon read where we do. What is trusted it can be told for all hosts together only."""
-    if place.server:
-        config["scheme"], _, config["host"] = place.server.url.partition("://")
-    config["mirrors"] = [{"host": host.url, "headers": dict(host.headers)} for host in place.mirrors]
-    for host in place.mirrors:
+def _add_mirrors(config: dict[str, Any], place: MirroredPlace, mine: Credentials | None) -> None:
+    """Has the daemon read where we do.
+
+    It shows all hosts the same sign-in data and verifies their certificates in the same way, so that mirrors
+    for which these are not meant are left out; what they have is in the registry, too.
+    """
+    trusting = config["skip_verify"]
+    mirrors = [host for host in place.mirrors if trusting or not host.skip_verify]
+    if mine:
+        mirrors = [host for host in mirrors if host.credentials() == mine]
+    config["mirrors"] = [{"host": host.url, "headers": dict(host.headers)} for host in mirrors]
+    for host in mirrors:
         config["ca_cert_files"] += [path for path in host.ca if path not in config["ca_cert_files"]]
-        config["skip_verify"] = config["skip_verify"] or host.skip_verify
 
 
 def backend_of(place: SourcePlace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nydus.errors import BackendError
-from nydus.oci.auth import docker_credentials
+from nydus.oci.auth import Credentials, docker_credentials
 from nydus.oci.model import Descriptor
 from nydus.oci.place import RegistryPlace, Source, Stream
 from nydus.oci.transport import Policy
@@ -34,6 +34,10 @@ class Host:
     ca: tuple[str, ...] = ()
     skip_verify: bool = False
 
+    def credentials(self) -> Credentials | None:
+        """Those of this host, never those of the registry that it stands for."""
+        return docker_credentials(self.url.partition("://")[2])
+
     def repository(self, name: str) -> Repository:
         from nydus.oci.registry import Registry
 
@@ -43,7 +47,7 @@ class Host:
             plain_http=scheme == "http",
             skip_verify=self.skip_verify,
             ca_certs=self.ca,
-            credentials=docker_credentials(host),  # never those of the registry it stands for
+            credentials=self.credentials(),
             headers=dict(self.headers),
             policy=Policy(connect_timeout=5.0, attempts=1),
         )
