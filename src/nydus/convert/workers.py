@@ -49,6 +49,8 @@ class Workers:
         numbers = [theirs.fileno() for _, theirs in pairs]
         # -P: what lies in the current directory is not imported.
         program = f"from nydus.convert.workers import main; main({numbers})"
+        # Ctrl-C reaches the whole group; an interpreter that starts would print where it was.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._forker = subprocess.Popen(
                 [sys.executable, "-P", "-c", program],
@@ -63,6 +65,7 @@ class Workers:
                 ours.close()
             raise NydusError(f"cannot start a conversion process: {error}") from error
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for _, theirs in pairs:
                 theirs.close()
         self._links = [ours for ours, _ in pairs]
