@@ -30,7 +30,7 @@ from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenge
 from nydus.oci.connections import interrupted, watch
 
 T = TypeVar("T")
-Body = bytes | IO[bytes] | Iterable[bytes | memoryview] | None
+Body = bytes | IO[bytes] | Iterable[bytes] | None
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
@@ -407,10 +407,9 @@ def _through(proxy: str, options: dict[str, object]) -> urllib3.ProxyManager:
         raise BackendError(f"cannot use the proxy {where!r}: {error}", permanent=True) from error
 
 
-def _pieces(body: bytes) -> Iterator[memoryview]:
-    view = memoryview(body)
-    for start in range(0, len(view), _SENT_AT_ONCE):
-        yield view[start : start + _SENT_AT_ONCE]
+def _pieces(body: bytes) -> Iterator[bytes]:
+    for start in range(0, len(body), _SENT_AT_ONCE):
+        yield body[start : start + _SENT_AT_ONCE]
 
 
 def _reason(error: BaseException) -> str:
