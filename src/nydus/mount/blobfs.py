@@ -152,8 +152,6 @@ class Counters:
     latencies: list[int] = field(default_factory=lambda: [0] * 8)
 
 
-_devices: set[int] = set()  # every open /dev/fuse of this process
-
 _SIZE_CLASSES = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20]
 _LATENCY_CLASSES = [200, 1000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000]
 
@@ -177,7 +175,6 @@ class BlobFs:
         on_change: Callable[[File], None] | None = None,
     ) -> None:
         self.device, self.mount = device, mount
-        _devices.add(device)
         self.counters = Counters()
         self._count = threads
         self._on_change = on_change
@@ -254,18 +251,16 @@ class BlobFs:
         """Runs a function that makes the kernel open or read these files, such as an EROFS mount.
 
         The kernel's wait for an answer cannot be interrupted. If this process is killed in it, the waiting
-        thread must not be what keeps the connection open, or it would wait for ever: the function runs in a
-        thread that does not hold ``/dev/fuse``.
+        thread must not be what keeps the connection open, or it would wait for ever; nor may it keep clients
+        waiting, or locks. So the function runs in a thread that has no descriptors but those it makes; paths
+        below ``/proc/self/fd`` are those of the process all the same.
         """
         result: list[T] = []
         problem: list[BaseException] = []
 
         def run() -> None:
             try:
-                syscalls.unshare_descriptors()
-                for device in list(_devices):
-                    with suppress(OSError):  # made after the copy
-                        os.close(device)
+                syscalls.drop_descriptors()
                 result.append(function())
             except BaseException as error:
                 problem.append(error)
@@ -326,7 +321,6 @@ class BlobFs:
         if any(thread.is_alive() for thread in self._threads) or self._inflight:
             log.warning("a FUSE connection is still in use")
             return
-        _devices.discard(self.device)
         os.close(self.device)
 
     # Serving

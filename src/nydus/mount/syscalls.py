@@ -23,7 +23,7 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = -100, 0x1000, 0x4000
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOATIME = 1, 2, 4, 0x10
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-_CLONE_FILES = 0x400
+_CLOSE_RANGE, _CLOSE_RANGE_UNSHARE = 436, 2
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -116,9 +116,9 @@ def detach(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def unshare_descriptors() -> None:
-    """Gives the calling thread a descriptor table of its own, a copy of the process's."""
-    _check(_libc.unshare(ctypes.c_int(_CLONE_FILES)), "unshare")
+def drop_descriptors() -> None:
+    """Gives the calling thread a descriptor table of its own, with standard input, output and error only."""
+    _call(_CLOSE_RANGE, "close_range", 3, 0xFFFFFFFF, _CLOSE_RANGE_UNSHARE)
 
 
 def resident_buffer(size: int) -> mmap.mmap:

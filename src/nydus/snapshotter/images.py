@@ -379,6 +379,9 @@ class Images:
 
     def _recover(self, name: str) -> None:
         """Bring back a daemon that has ended, or was found at the start, with its mounts."""
+        with suppress(NydusError, OSError):  # said below
+            # Before anything else: who mounts an image holds its lock, and may wait for the successor itself.
+            self._serves(name)
         for instance in self._instances():
             if instance.daemon != name:
                 continue
