@@ -451,8 +451,7 @@ class Reader:
     def check_chunks(self, chunks: Array, place: Callable[[int], int]) -> None:
         """Chunks must lie in their blobs; ``place`` says where a chunk was read from."""
         blobs = self.head.blobs
-        counts = [1 << 24 if blob.features & BlobFeature.EXTERNAL else blob.chunk_count for blob in blobs]
-        count = np.array(counts, np.uint32)
+        count = np.array([blob.chunk_count for blob in blobs], np.uint32)
         sizes = np.array([blob.uncompressed_size for blob in blobs], np.uint64)
         for part in ragged.slices(len(chunks)):
             mine = chunks[part]
