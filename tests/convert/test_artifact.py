@@ -37,7 +37,9 @@ def packed(*names: str) -> bytes:
     return buffer.getvalue()
 
 
-def push(server: FaultyRegistry, *, weight: str = TYPE.format("weight", "tar")) -> str:
+def push(
+    server: FaultyRegistry, *, weight: str = TYPE.format("weight", "tar"), code: str = "code/run.py"
+) -> str:
     """A model as modctl pushes it."""
     reference = f"{server.host}/models/small:v1"
     repository = place(reference).repository()
@@ -50,7 +52,7 @@ def push(server: FaultyRegistry, *, weight: str = TYPE.format("weight", "tar")) 
         media_type = kind if "/" in kind else TYPE.format(kind, "tar")
         annotations = {"org.cnai.model.filepath": names[0]}
         layers.append(repository.put_blob(packed(*names), media_type, annotations=annotations))
-    raw = {"org.cnai.model.filepath": "code/run.py"}
+    raw = {"org.cnai.model.filepath": code}
     layers.append(repository.put_blob(FILES["code/run.py"], TYPE.format("code", "raw"), annotations=raw))
     config = {
         "descriptor": {"name": "small"},
@@ -128,6 +130,8 @@ def test_what_cannot_be_used(
     convert(nydusify, artifact, f"{artifact}-done")
     assert "a bootstrap already" in refused(f"{artifact}-done")
     assert "layer 1 is compressed (gzip)" in refused(push(server, weight=TYPE.format("weight", "tar+gzip")))
+    for path in ("a/../../b", "a\0b", "", "."):
+        assert "layer 4" in refused(push(server, code=path))
     assert "layer 1 is of an unknown type" in refused(push(server, weight="text/plain"))
     for size in ("0x8000000", "0x200000000", "0x1001", "-4096"):
         done = nydusify(

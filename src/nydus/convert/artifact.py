@@ -246,7 +246,7 @@ def _add_layer(
 
 def _path(name: bytes, seen: set[bytes], where: str) -> bytes:
     path = b"/" + b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
-    if b".." in path.split(b"/") or path == b"/":
+    if b".." in path.split(b"/") or path == b"/" or b"\0" in path:
         raise FormatError("not the path of a file", where=where, found=repr(name))
     if path in seen:
         raise FormatError("another layer has this file, too", where=where, found=repr(name))
