@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -426,6 +427,30 @@ def test_an_image_that_comes_as_the_last_one_goes_keeps_the_daemon(
     # Not asked for again, which would mount it anew.
     assert (lower[0] / "image.boot").read_bytes() == b"other"
     assert len(node.mounts()) == 1 + (node.mode == "shared")
+
+
+def test_what_an_earlier_run_left_is_not_ended_under_a_new_image(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = images.SHARED if node.mode == "shared" else "2"
+    node.pull("one")
+    (node.root / "mnt" / name).mkdir(parents=True)
+    end, locks, coming = node.images._end, node.images._locked._locks, list[Future[object]]()
+    executor, ended = ThreadPoolExecutor(1), threading.Event()
+
+    def meanwhile(name: str) -> None:
+        if not coming:
+            coming.append(executor.submit(node.snapshotter.prepare, "c1", "one/meta", {}))
+            wait_for(lambda: coming[0].done() or (name in locks and locks[name][1] > 1))
+        end(name)
+        ended.set()
+
+    monkeypatch.setattr(node.images, "_end", meanwhile)
+    node.images.recover()
+    assert ended.wait(20)
+    executor.shutdown()
+    assert coming[0].exception() is None
+    assert node.serving() == 1
 
 
 def test_how_a_program_ended_is_known_whoever_starts_the_next(tmp_path: Path) -> None:

@@ -404,12 +404,10 @@ class Images:
         for place in ("mnt", "config", "socket"):
             with suppress(FileNotFoundError):
                 for path in list((self._root / place).iterdir()):
-                    if path.name in known or self._database.query(
-                        "SELECT 1 FROM instances WHERE daemon = ?", path.name
-                    ):
+                    if path.name in known:
                         continue
                     try:
-                        self._end(path.name)
+                        self._end_unused(path.name)
                     except (NydusError, OSError) as error:
                         log.warning("cannot end daemon %s of an earlier run: %s", path.name, error)
 
