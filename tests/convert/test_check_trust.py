@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from broken import BOOT, Rebuilt, section
 from faulty import FaultyRegistry
+from images import put_image
 from nydusify_command import Nydusify
 
 from nydus.convert.check import CheckError, check
@@ -461,3 +462,17 @@ def test_an_ordinary_image_is_no_target(vectors: Path, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     with pytest.raises(CheckError, match="is not a Nydus image"):
         check(ArchivePlace(vectors / "oci/source.tar"), None, AMD64, tmp_path / "work")
+
+
+def test_permissions_of_symbolic_links_mean_nothing(server: FaultyRegistry, tmp_path: Path) -> None:
+    """Archives have any; file systems have 0777."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        entry = tarfile.TarInfo("link")
+        entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, "target", 0o640
+        archive.addfile(entry)
+    made = put_image(server, "links", buffer.getvalue())
+    target = LayoutPlace(tmp_path / "target")
+    image(made, target, ConvertOptions(oci=True))
+    (tmp_path / "work").mkdir()
+    assert check(target, made, AMD64, tmp_path / "work").checks["filesystem"] == 2
