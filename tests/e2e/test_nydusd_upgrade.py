@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,11 @@ from conftest import Image
 from nydus.daemon.client import DaemonClient, DaemonError
 from nydus.daemon.spawn import WarmParent
 from nydus.mount import table
+from nydus.oci.registry import Registry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "oci"))
+
+from faulty import FaultyHandler, FaultyRegistry
 
 pytestmark = pytest.mark.root
 
@@ -124,6 +131,57 @@ def test_upgrade(image: Image, tmp_path: Path) -> None:
             assert len(new.mounts()) == 1
             assert new.stop() == 0
             assert new.mounts() == []
+
+
+def test_what_a_leaving_daemon_takes_is_answered(image: Image, tmp_path: Path) -> None:
+    """Its threads go on to take requests while its last reads wait for the registry, and it ends."""
+    answers = threading.Event()
+    answers.set()
+
+    def wait(handler: FaultyHandler) -> bool:
+        if "/blobs/" in handler.path and handler.command == "GET":
+            answers.wait()
+        return False
+
+    controller = Controller(tmp_path / "supervisor.sock")
+    naming = ["--id", "d1", "--supervisor", str(controller.path)]
+    data = (image.source / "huge").read_bytes()
+    program = "import os, sys; f = os.open(sys.argv[1], 0); print(os.pread(f, 9, int(sys.argv[2])).hex())"
+    with FaultyRegistry(tmp_path / "registry") as server:
+        with Registry(server.host, plain_http=True) as registry:
+            registry.repository("a/b").put_blob(image.blob.read_bytes(), "application/octet-stream")
+        config = localfs_config(image.blobs, tmp_path / "cache")
+        place = {"host": server.host, "repo": "a/b", "scheme": "http", "timeout": 30}
+        config["device"] |= {"backend": {"type": "registry", "config": place}}  # type: ignore[operator]
+        with Nydusd.of(tmp_path, image.bootstrap, config, *naming) as old:
+            assert (old.mountpoint / "d1/f1").read_bytes() == (image.source / "d1/f1").read_bytes()
+            controller.receive(old)
+            arguments = ["--bootstrap", str(image.bootstrap), "--config", str(tmp_path / "config.json")]
+            with Nydusd(tmp_path, *arguments, *naming, "--upgrade", name="2") as new:
+                new.started("INIT")
+                server.intercepts.append(wait)
+                answers.clear()
+                readers: list[tuple[int, subprocess.Popen[bytes]]] = []
+
+                def read(offset: int) -> None:
+                    command = [sys.executable, "-c", program, str(old.mountpoint / "huge"), str(offset)]
+                    readers.append((offset, subprocess.Popen(command, stdout=subprocess.PIPE)))
+
+                read(0)
+                while not old.client.metrics("inflight"):
+                    time.sleep(0.01)
+                controller.give(new)
+                old.client.exit()
+                new.client.start()
+                for number in range(1, 7):
+                    read(number << 20)
+                assert old.process.wait(15) == 0
+                answers.set()
+                controller.close()
+                for offset, process in readers:
+                    output, _ = process.communicate(timeout=30)
+                    assert bytes.fromhex(output.decode()) == data[offset : offset + 9]
+                assert new.stop() == 0
 
 
 def test_failover(image: Image, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The daemon proper: its states, its mounts, and what a successor needs to carry on.
 
-One :class:`Daemon` lives in each worker process. It knows nothing of HTTP and nothing of processes.
+One :class:`Daemon` lives in each worker process. It knows nothing of HTTP, of processes only its predecessor.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from nydus.daemon.state import FileState, InstanceState, State
 from nydus.daemon.verify import verify
 from nydus.errors import MountError, NydusError
 from nydus.mount import probe, syscalls, table
+from nydus.mount.blobfs import BlobFs
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class Daemon:
         self.devices = Devices(threads=options.threads, descriptors=descriptors, changed=self._on_change)
         self.state = INIT
         self.held = False  # a controller has our descriptors, and can start a successor
+        self._pid = os.getppid()  # of the supervisor, which ends after its last worker
+        self._predecessor = 0
         self._report, self._tell_busy = report, busy
         self._mounting = 0
         self._lock = threading.RLock()
@@ -95,6 +99,7 @@ class Daemon:
         with self._lock:
             return State(
                 state=self.state,
+                pid=self._pid,
                 held=self.held,
                 shared=self._shared,
                 next_number=self._next_number,
@@ -125,7 +130,7 @@ class Daemon:
         with self._lock:
             if self.state != INIT:
                 raise WrongState("Takeover")
-            self._shared, self.held = state.shared, state.held
+            self._shared, self.held, self._predecessor = state.shared, state.held, state.pid
             self._next_number, self._runtime = state.next_number, state.runtime
             for saved in state.instances:
                 try:
@@ -149,7 +154,12 @@ class Daemon:
             if self.state != READY:
                 raise WrongState("Start")
             if self.devices.blobfs is not None:
-                self.devices.blobfs.serve(resend=self.options.failover_policy != "none")
+                resend = self.options.failover_policy != "none"
+                leaving = self._leaving() if resend else None
+                self.devices.blobfs.serve(resend=resend)
+                if leaving is not None:
+                    args = (self.devices.blobfs, leaving)
+                    threading.Thread(target=_resend_later, args=args, name="resend", daemon=True).start()
             self._enter(RUNNING)
         self._settle()
         for instance in self.instances().values():
@@ -278,6 +288,13 @@ class Daemon:
         return self._shared or bool(self.instances())
 
     # Inside
+
+    def _leaving(self) -> int | None:
+        """A pid descriptor of the predecessor, where that has not ended yet."""
+        with suppress(OSError):
+            if self._predecessor not in (0, self._pid):
+                return os.pidfd_open(self._predecessor)
+        return None
 
     def _owner(self, file: FileState) -> Owner | None:
         """Who describes a file to a successor: whoever did before, else another image that has it, too.
@@ -471,6 +488,17 @@ class Daemon:
                 ):
                     syscalls.detach(state.path)
                 self._remove_directories(state.mountpoint)
+
+
+def _resend_later(blobfs: BlobFs, leaving: int) -> None:
+    """Has sent again what a predecessor takes after its successor has come, and before it ends."""
+    try:
+        poll = select.poll()
+        poll.register(leaving, select.POLLIN)
+        poll.poll()
+    finally:
+        os.close(leaving)
+    blobfs.resend()
 
 
 def _introduce(image: Image) -> None:

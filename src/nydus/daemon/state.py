@@ -44,7 +44,7 @@ class FileState(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """All of it. ``held``: a controller has the descriptors, too."""
+    """All of it. ``held``: a controller has the descriptors, too. ``pid``: the process whose state it is."""
 
     state: str = "INIT"
     held: bool = False
@@ -53,6 +53,7 @@ class State(msgspec.Struct):
     instances: list[InstanceState] = []
     files: list[FileState] = []
     runtime: dict[str, dict[str, str]] = {}
+    pid: int = 0
 
 
 def encode(state: State) -> bytes:
