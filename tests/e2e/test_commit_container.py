@@ -133,6 +133,10 @@ def test_the_container_is_held_still_meanwhile(node: Node, image: str, tmp_path:
     write = "echo $i > /new; mv /new"
     script = f"i=0; while :; do i=$((i+1)); {write} /a; {write} /b; done"
     _, container = node.start(image, "/bin/sh", "-c", script)
+    end = time.monotonic() + 20
+    while container.execute("/bin/cat", "/b")[0] != 0:
+        assert time.monotonic() < end
+        time.sleep(0.05)
     seen: set[bool] = set()
     done = threading.Event()
 
