@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ import pytest
 from nydus.errors import MountError
 from nydus.mount import erofs, probe, syscalls, table
 from nydus.mount.blobfs import BlobFs, Buffer, File
+from nydus.storage.files import OpenFile
 
 pytestmark = pytest.mark.root
 
@@ -190,6 +192,28 @@ def test_reads_are_served_when_no_thread_can_be_had(fs: BlobFs, monkeypatch: pyt
     os.close(fd)
     assert read(fs.path(file), 0, SIZE) == source.data
     assert not fs.inflight()
+
+
+def test_a_thread_that_mounts_closes_no_descriptors_of_others(fs: BlobFs) -> None:
+    """The garbage collector may run in it, where the number is nobody's, or another file's."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+            self.file = OpenFile(Path(__file__), os.O_RDONLY)
+
+    garbage = [Garbage()]
+    number = garbage[0].file.fd
+
+    def function() -> int:
+        garbage.clear()
+        return len([[] for _ in range(100_000)])  # enough to start a collection
+
+    assert fs.waiting_for_it(function) == 100_000
+    assert gc.isenabled()
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(number)
 
 
 def test_an_error_is_eio_and_a_log_line(fs: BlobFs, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ The requests are those of ``include/uapi/linux/fuse.h``, protocol 7.x.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import stat
@@ -22,8 +23,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -156,6 +157,27 @@ _SIZE_CLASSES = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 <
 _LATENCY_CLASSES = [200, 1000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000]
 
 
+_collection = threading.Lock()
+_uncollected = 0  # threads during which nothing is collected
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from running: in a thread with descriptors of its own, objects of other
+    threads would close those instead of theirs."""
+    global _uncollected
+    with _collection:
+        _uncollected += 1
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _collection:
+            _uncollected -= 1
+            if not _uncollected:
+                gc.enable()
+
+
 class BlobFs:
     """One FUSE connection and the threads that serve it.
 
@@ -260,8 +282,9 @@ class BlobFs:
 
         def run() -> None:
             try:
-                syscalls.drop_descriptors()
-                result.append(function())
+                with _no_collection():
+                    syscalls.drop_descriptors()
+                    result.append(function())
             except BaseException as error:
                 problem.append(error)
 
