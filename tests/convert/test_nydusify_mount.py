@@ -15,6 +15,7 @@ import pytest
 from faulty import FaultyRegistry
 
 from nydus.convert.copy import copy
+from nydus.convert.opened import open_nydus, put_variant
 from nydus.oci import model
 from nydus.oci.place import ArchivePlace, RegistryPlace
 from nydus.oci.reference import parse
@@ -142,6 +143,31 @@ def test_a_daemon_that_is_killed(image: str, tmp_path: Path) -> None:
         stderr = process.communicate(timeout=30)[1]
         assert process.returncode == 1
         assert "nydusd ended with status -9" in stderr and "Traceback" not in stderr
+    nothing_is_left(folder)
+
+
+def test_other_files_beside_the_bootstrap(image: str, tmp_path: Path) -> None:
+    """None of them takes its place, whatever it is called."""
+    place = RegistryPlace(parse(image), plain_http=True)
+    opened = open_nydus(place)
+    others = {"other/image.boot": b"not this one", "image/new\nline": b"", ".": b""}
+    put_variant(
+        opened,
+        place.open_sink(),
+        "others",
+        opened.tree,
+        opened.blobs,
+        metas={},
+        annotations={},
+        others=others,
+    )
+    folder = tmp_path / "cwd"
+    with start(folder, image.replace(":nydus", ":others")) as process:
+        try:
+            mounted(process)
+        finally:
+            process.terminate()
+            assert process.communicate(timeout=30)[1] == ""
     nothing_is_left(folder)
 
 

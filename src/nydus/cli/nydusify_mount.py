@@ -80,13 +80,13 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     except OSError as error:
         raise NydusError(f"{error.filename}: {error.strerror}") from error
     try:
-        (folder / "nydus_manifest.json").write_bytes(image.raw_manifest)
-        (folder / "nydus_config.json").write_bytes(image.raw_config)
-        for name, data in files.items():
-            path = folder / "bootstrap" / Path(name).name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
-        bootstrap = folder / "bootstrap" / Path(BOOTSTRAP).name
+        bootstrap = folder / Path(BOOTSTRAP).name
+        try:
+            (folder / "nydus_manifest.json").write_bytes(image.raw_manifest)
+            (folder / "nydus_config.json").write_bytes(image.raw_config)
+            bootstrap.write_bytes(files[BOOTSTRAP])
+        except OSError as error:
+            raise NydusError(f"{folder}: {error.strerror}") from error
         daemon = values["nydusd"] if given(ctx, "nydusd") else ""
         log.info("mounting image", image=place)
         with mounted(
