@@ -29,10 +29,10 @@ NYDUS_MANIFEST = "application/vnd.nydus.image.manifest.v1+json"
 MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES = frozenset({OCI_INDEX, DOCKER_INDEX})
 
-#: Annotations of layers and manifests (oci-image facts: a prefix of containerd, so that they become labels).
 _MODEL = re.compile(r"application/vnd\.(cnai|cncf)\.model\.manifest\.v1\+json")
+#: Annotations of layers and manifests (oci-image facts: a prefix of containerd, so that they become labels).
 _PREFIX = "containerd.io/snapshot/nydus-"
-NYDUS_ENCRYPTED_BLOB = "containerd.io/snapshot/nydus-encrypted-blob"
+NYDUS_ENCRYPTED_BLOB = _PREFIX + "encrypted-blob"
 NYDUS_BLOB_ANNOTATION = _PREFIX + "blob"
 NYDUS_BOOTSTRAP = _PREFIX + "bootstrap"
 NYDUS_FS_VERSION = _PREFIX + "fs-version"
