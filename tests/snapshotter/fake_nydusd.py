@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -90,6 +91,9 @@ class Handler(BaseHTTPRequestHandler):
             state = "READY"
         elif what == "start":
             state = "RUNNING"
+        elif what == "exit":  # its mounts stay
+            state = "STOPPED"
+            threading.Timer(1, os._exit, (0,)).start()
         self.answer(204)
 
     def do_POST(self) -> None:

@@ -292,6 +292,20 @@ def test_a_killed_daemon_has_a_successor(node: Node) -> None:
     assert list((node.root / "supervisor").iterdir()) == []
 
 
+def test_an_image_that_comes_while_a_daemon_makes_way_for_its_successor(node: Node) -> None:
+    node.pull("one")
+    node.pull("two", b"other")
+    node.snapshotter.prepare("c1", "one/meta", {})
+    device, (before,) = node.lower("c1").stat().st_dev, node.daemon_pids()
+    (client,) = (DaemonClient(path) for path in node.root.glob("socket/*/api.sock"))
+    client.exit()
+    assert client.state() == "STOPPED"
+    node.snapshotter.prepare("c2", "two/meta", {})
+    wait_for(lambda: before not in node.daemon_pids() and node.serving() == 1 + (node.mode != "shared"))
+    assert node.lower("c1").stat().st_dev == device
+    assert (node.lower("c2") / "image.boot").read_bytes() == b"other"
+
+
 def test_an_adopted_daemon_has_a_successor_too(node: Node) -> None:
     node.pull("one")
     node.snapshotter.prepare("c1", "one/meta", {})

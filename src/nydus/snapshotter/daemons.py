@@ -105,6 +105,22 @@ class Daemon:
             except OSError:
                 return None
 
+    def gone(self) -> bool:
+        """Nobody listens on the socket any more; waits for one that is just ending."""
+        descriptor = self.process()
+        if descriptor is None:
+            return True
+        try:
+            try:
+                wait = STOP_TIMEOUT if self.client.state() == "STOPPED" else 0
+            except DaemonError:
+                wait = _LAST_BREATH
+            waiter = select.poll()
+            waiter.register(descriptor, select.POLLIN)
+            return bool(waiter.poll(wait * 1000))
+        finally:
+            os.close(descriptor)
+
     def stop(self) -> None:
         """End it with all its mounts, whatever state it is in. Never raises for a daemon that is gone."""
         descriptor = self.process()

@@ -343,7 +343,7 @@ class Images:
             except DaemonError:
                 return False
             return True
-        if name not in self._keeper or daemon.process() is not None:
+        if name not in self._keeper or not daemon.gone():
             return False
         for _ in range(_MAX_RESTARTS):
             if not daemons.is_mounted(daemon.mountpoint):  # it has ended in order
