@@ -73,6 +73,14 @@ def test_a_layer_of_impossible_size_is_not_read(tmp_path: Path) -> None:
         read_bootstrap_layer(layout, Descriptor(digest=layer.digest, size=1), "")
 
 
+def test_a_small_layer_does_not_inflate_without_end() -> None:
+    packed, diff_id = bootstrap_layer(bytes(60 << 20), {})
+    assert unpack_bootstrap_layer(packed, "")[1] == diff_id
+    packed, _ = bootstrap_layer(bytes(100 << 20), {})
+    with pytest.raises(FormatError, match="is larger than 7"):
+        unpack_bootstrap_layer(packed, "")
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_archive(name: str, tmp_path: Path) -> None:
     path = tmp_path / "image.tar"

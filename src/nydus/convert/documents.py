@@ -36,6 +36,8 @@ _GZIP_HEADER = bytes.fromhex("1f8b08 00 00000000 00 ff")  # no name, no time, un
 _WINDOW = 32 << 10
 _PIECE = 512 << 10
 _MAX_BOOTSTRAP_LAYER = 1 << 30
+#: A layer inflates to at most this and so many times its size: tables shrink to a third, not a hundredth.
+_INFLATED, _MAX_RATIO = 64 << 20, 100
 
 
 def bootstrap_layer(
@@ -136,12 +138,13 @@ def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], s
     """
     if data[:2] == b"\x1f\x8b":
         inflater = zlib.decompressobj(wbits=31)
+        most = min(_MAX_BOOTSTRAP_LAYER, _INFLATED + _MAX_RATIO * len(data))
         try:
-            data = inflater.decompress(data, _MAX_BOOTSTRAP_LAYER)
+            data = inflater.decompress(data, most)
         except zlib.error as error:
             raise FormatError(f"damaged bootstrap layer: {error}", where=where) from error
         if not inflater.eof:
-            what = "is larger than 1 GiB" if inflater.unconsumed_tail else "is cut short"
+            what = f"is larger than {most} bytes" if inflater.unconsumed_tail else "is cut short"
             raise FormatError(f"the bootstrap layer {what}", where=where)
     contents: dict[str, bytes] = {}
     window = Window(iter((data,)), where)
