@@ -486,7 +486,8 @@ class Daemon:
                     and here.kind == "erofs"
                     and here.source == str(instance.image.metadata.path)
                 ):
-                    syscalls.detach(state.path)
+                    with suppress(OSError):
+                        syscalls.detach(state.path)
                 self._remove_directories(state.mountpoint)
 
 

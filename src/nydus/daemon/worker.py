@@ -99,10 +99,10 @@ def run(
     threading.Thread(target=_watch_mounts, args=(daemon, stop), name="mounts", daemon=True).start()
     keep_mounts = stop.wait()
     log.info("stopping%s", "; the mounts stay for a successor" if keep_mounts else "")
-    if keep_mounts:
-        _drain(daemon)
     daemon.stop(keep_mounts=keep_mounts)
     to_supervisor.send(Message.BYE)
+    if keep_mounts:
+        _drain(daemon)
     # The connection ends with its last descriptor, which wakes readers that wait for a backend with EIO.
     flush = threading.Thread(target=daemon.flush, daemon=True)
     flush.start()

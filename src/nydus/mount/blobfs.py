@@ -503,10 +503,17 @@ class BlobFs:
                 self._report(file, offset, size, problem)
                 self._reply(unique, error=errno.EIO)
             else:
-                self._reply(unique, *buffers)
+                self._answer(unique, file, offset, size, buffers)
         finally:
             self._inflight.pop(unique, None)
             self._account(size, int((time.time() - began) * 1e6), problem is not None)
+
+    def _answer(self, unique: int, file: File, offset: int, size: int, buffers: Sequence[Buffer]) -> None:
+        try:
+            self._reply(unique, *buffers)
+        except OSError as error:  # no memory, say; a read without any answer would wait for ever
+            self._report(file, offset, size, error)
+            self._reply(unique, error=errno.EIO)
 
     def _report(self, file: File, offset: int, size: int, problem: Exception) -> None:
         """One log line for a failing range, not one for each of the kernel's attempts."""

@@ -364,7 +364,10 @@ class Images:
     def _mounted(self, instance: Instance) -> bool:
         """Whether its daemon knows of the mount that is there: a killed one may have left another."""
         known = self._daemon(instance.daemon).client.info()["backend_collection"]
-        return _inside(instance) in known and self._mountpoint(instance).is_mount()
+        try:
+            return _inside(instance) in known and self._mountpoint(instance).is_mount()
+        except OSError:  # the server of a FUSE mount is gone
+            return False
 
     def _keep(self, name: str) -> None:
         """Keep what a successor of the daemon needs as of now. Raises DaemonError if the daemon is dead."""

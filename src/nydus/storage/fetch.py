@@ -230,10 +230,11 @@ class Fetcher:
                     break
                 attempt += 1
             flight.errors = {unit: errors[unit] for unit in pending}
-        except BaseException as error:
+        except Exception as error:
+            # Not raised: other flights of this thread have readers, too.
+            log.exception("defect in fetching from blob %s", self._blob_id)
             failure = BackendError(f"blob {self._blob_id}: {error!r}")
             flight.errors = dict.fromkeys(flight.demanded, failure)
-            raise
         finally:
             with self._lock:
                 for unit in flight.units:
