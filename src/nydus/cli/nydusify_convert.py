@@ -28,6 +28,7 @@ from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.convert.image import Result
+    from nydus.convert.workers import Workers
 
 #: What says how a Nydus image is made.
 _OF_NYDUS = (
@@ -132,10 +133,17 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
     output = Path(values["output_json"]) if values["output_json"] else None
     if output:
         _write(output, "null")  # what it says of a conversion that failed
-    _convert(ctx, log, values, output)
+    from nydus.convert.workers import Workers
+
+    # First of all, so that what they import and what is imported here is so at the same time.
+    needed = not (values["reverse"] or values["source_backend_type"])
+    with Workers() if needed else nullcontext() as workers:
+        _convert(ctx, log, values, output, workers)
 
 
-def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
+def _convert(
+    ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None, workers: Workers | None
+) -> None:
     from nydus.cli.nydusify_places import archive_place, new_archive, platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
@@ -224,7 +232,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         else:
             cache, backend = _build_cache(values, target), _backend(values)
             chunks = _dictionary(values)
-            result = image(source, place, options, progress, chosen, cache, backend, chunks)
+            result = image(source, place, options, progress, chosen, cache, backend, chunks, workers)
     _tell(log, result, values["target_archive"] or str(target))
     if output:
         figures = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -39,8 +38,6 @@ from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
 if TYPE_CHECKING:
     from jwcrypto.jwk import JWK
 
-#: Each holds some 60 MB; images rarely have more large layers than this.
-_WORKERS = 8
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
     "application/vnd.docker.image.rootfs.",
@@ -80,6 +77,7 @@ def image(
     cache: BuildCache | None = None,
     backend: BackendPlace | None = None,
     dictionary: SourcePlace | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Converts an image.
 
@@ -93,6 +91,7 @@ def image(
         dictionary: a Nydus image whose chunks are referred to instead of stored again; its blobs that are
             needed become layers too.
         backend: where blobs go instead of the target, which then holds the bootstrap alone.
+        workers: processes that were started before, to win time; this ends them. None starts some.
 
     Raises:
         NydusError: one line that says what is wrong and where.
@@ -108,7 +107,7 @@ def image(
             raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
         options = replace(options, oci=True)
     name = reference_name(target)
-    with Workers(options.workers or min(os.cpu_count() or 1, _WORKERS)) as workers:
+    with workers or Workers(options.workers) as workers:
         started = time.monotonic()
         progress.note(f"pulling image {source}")
         reader = source.open()

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from nydus.errors import NydusError
 from nydus.mount import syscalls
-from nydus.oci.connections import interrupt
 
 if TYPE_CHECKING:
     from nydus.convert.job import Converted, Job
 
 _FRAME = struct.Struct("<Q")
 _PATIENCE = 5.0
+#: Each holds some 60 MB; images rarely have more large layers than this.
+_MOST = 8
 
 #: (index of the job, source bytes read, blob bytes built, blob bytes sent)
 OnProgress = Callable[[int, int, int, int], None]
@@ -41,10 +42,12 @@ class Workers:
     """A number of worker processes.
 
     Args:
-        count: how many; they are started at once, so that their imports overlap with what the caller does.
+        count: how many; 0 is one for each processor. They are started at once, so that their imports overlap
+            with those of the caller.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int = 0) -> None:
+        count = count or min(os.cpu_count() or 1, _MOST)
         pairs = [socket.socketpair() for _ in range(count)]
         numbers = [theirs.fileno() for _, theirs in pairs]
         # -P: what lies in the current directory is not imported.
@@ -257,6 +260,8 @@ def _work(pipe: BufferedRWPair) -> None:
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from nydus.oci.connections import interrupt
+
     interrupt()
     # Where this interrupts a clean-up, Python prints it; the parent has said already what is wrong.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
