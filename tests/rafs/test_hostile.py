@@ -54,6 +54,17 @@ def test_damaged_bootstraps(version: int) -> None:
     assert refused > 100
 
 
+def test_one_chunk_does_not_make_a_table_of_millions() -> None:
+    tree = make(SMALL, 5)
+    tree.blobs[0].chunk_count = 1 << 23
+    last = tree.chunks[-1:]
+    last["index"] = (1 << 20) - 1
+    assert len(blobmeta.from_tree(tree, 0)) == 1 << 20
+    last["index"] = 1 << 20
+    with pytest.raises(FormatError, match="the index of a chunk is too large"):
+        blobmeta.from_tree(tree, 0)
+
+
 @pytest.mark.vectors
 def test_damaged_vectors(vectors: object) -> None:
     from pathlib import Path
