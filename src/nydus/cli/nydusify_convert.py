@@ -28,7 +28,6 @@ from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.convert.image import Result
-    from nydus.convert.workers import Workers
 
 #: What says how a Nydus image is made.
 _OF_NYDUS = (
@@ -133,25 +132,16 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
     output = Path(values["output_json"]) if values["output_json"] else None
     if output:
         _write(output, "null")  # what it says of a conversion that failed
-    from nydus.convert.workers import Workers
-
-    # First of all, so that what they import and what is imported here is so at the same time.
-    needed = not (values["reverse"] or values["source_backend_type"])
-    with Workers() if needed else nullcontext() as workers:
-        _convert(ctx, log, values, output, workers)
+    _convert(ctx, log, values, output)
 
 
-def _convert(
-    ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None, workers: Workers | None
-) -> None:
+def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
     from nydus.cli.nydusify_places import archive_place, new_archive, platforms, source_registry
     from nydus.cli.progress import progress_for
     from nydus.containerd.store import SCHEME, containerd_place
-    from nydus.convert.artifact import convert_artifact
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
-    from nydus.convert.reverse import reverse
     from nydus.oci.encryption import private_keys
     from nydus.oci.place import SinkPlace, SourcePlace, registry_place
     from nydus.oci.reference import parse
@@ -224,15 +214,19 @@ def _convert(
         )
     with progress_for(log) as progress, sink as place:
         if kind:
+            from nydus.convert.artifact import convert_artifact
+
             chunk_size = number(values["fs_chunk_size"]) if given(ctx, "fs_chunk_size") else 0
             result = convert_artifact(source, place, options, progress, chunk_size)
         elif values["reverse"]:
+            from nydus.convert.reverse import reverse
+
             with _blobs(values) as blobs:
                 result = reverse(source, place, options, progress, chosen, blobs, keys)
         else:
             cache, backend = _build_cache(values, target), _backend(values)
             chunks = _dictionary(values)
-            result = image(source, place, options, progress, chosen, cache, backend, chunks, workers)
+            result = image(source, place, options, progress, chosen, cache, backend, chunks, fork=True)
     _tell(log, result, values["target_archive"] or str(target))
     if output:
         figures = {

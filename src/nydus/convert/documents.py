@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nydus import __version__
-from nydus.build.stream import Window
-from nydus.build.tar import TarReader
 from nydus.errors import FormatError
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED, decrypt, encrypt
@@ -35,6 +33,8 @@ _BLOCK = 512
 _GZIP_HEADER = bytes.fromhex("1f8b08 00 00000000 00 ff")  # no name, no time, unknown system
 _WINDOW = 32 << 10
 _PIECE = 512 << 10
+#: Of zlib-ng: a third of the time of zlib's usual level, 2 % more bytes.
+_LEVEL = 5
 _MAX_BOOTSTRAP_LAYER = 1 << 30
 #: A layer inflates to at most this and so many times its size: tables shrink to a third, not a hundredth.
 _INFLATED, _MAX_RATIO = 64 << 20, 100
@@ -71,9 +71,13 @@ def bootstrap_layer(
 def _gzip(data: memoryview) -> bytes:
     """One gzip member, its pieces deflated side by side: each knows the window before it, as pigz does it."""
 
+    from zlib_ng import zlib_ng
+
     def deflate(start: int) -> bytes:
         end = start + _PIECE
-        packer = zlib.compressobj(wbits=-zlib.MAX_WBITS, zdict=data[max(0, start - _WINDOW) : start])
+        packer = zlib_ng.compressobj(
+            _LEVEL, wbits=-zlib.MAX_WBITS, zdict=data[max(0, start - _WINDOW) : start]
+        )
         packed = packer.compress(data[start:end])
         return packed + packer.flush(zlib.Z_SYNC_FLUSH if end < len(data) else zlib.Z_FINISH)
 
@@ -146,6 +150,9 @@ def unpack_bootstrap_layer(data: bytes, where: str) -> tuple[dict[str, bytes], s
         if not inflater.eof:
             what = f"is larger than {most} bytes" if inflater.unconsumed_tail else "is cut short"
             raise FormatError(f"the bootstrap layer {what}", where=where)
+    from nydus.build.stream import Window
+    from nydus.build.tar import TarReader
+
     contents: dict[str, bytes] = {}
     window = Window(iter((data,)), where)
     for entry in TarReader(window):

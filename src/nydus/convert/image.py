@@ -11,7 +11,7 @@ import msgspec
 
 from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
-from nydus.convert.copy import copy_blob, linkable_repository
+from nydus.convert.copy import copy_blobs, linkable_repository
 from nydus.convert.documents import (
     bootstrap_layer,
     config_type,
@@ -28,7 +28,6 @@ from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import known_of
 from nydus.convert.select import Image, reference_name, select
-from nydus.convert.workers import Workers
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED, recipients
@@ -77,7 +76,8 @@ def image(
     cache: BuildCache | None = None,
     backend: BackendPlace | None = None,
     dictionary: SourcePlace | None = None,
-    workers: Workers | None = None,
+    *,
+    fork: bool = False,
 ) -> Result:
     """Converts an image.
 
@@ -91,7 +91,7 @@ def image(
         dictionary: a Nydus image whose chunks are referred to instead of stored again; its blobs that are
             needed become layers too.
         backend: where blobs go instead of the target, which then holds the bootstrap alone.
-        workers: processes that were started before, to win time; this ends them. None starts some.
+        fork: see :class:`~nydus.convert.workers.Workers`.
 
     Raises:
         NydusError: one line that says what is wrong and where.
@@ -107,53 +107,53 @@ def image(
             raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
         options = replace(options, oci=True)
     name = reference_name(target)
-    with workers or Workers(options.workers) as workers:
-        started = time.monotonic()
-        progress.note(f"pulling image {source}")
-        reader = source.open()
-        index, images = select(reader, source.target, str(source), platforms)
-        for found in images:
-            _check(found, reader, f"{source}", options)
-        writer = target.open_sink()
-        chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
-        if chunks and chunks.elsewhere and backend is None:
-            raise ConfigError(
-                f"{dictionary}: its blobs are in a storage backend, the image's have to be, too"
-            )
-        dictionary_digest = chunks.found.descriptor.digest if chunks else ""
-        cached = cache.load(options, dictionary_digest) if cache else {}
-        pulled = time.monotonic()
-        progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
+    started = time.monotonic()
+    progress.note(f"pulling image {source}")
+    reader = source.open()
+    index, images = select(reader, source.target, str(source), platforms)
+    for found in images:
+        _check(found, reader, f"{source}", options)
+    writer = target.open_sink()
+    chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
+    if chunks and chunks.elsewhere and backend is None:
+        raise ConfigError(f"{dictionary}: its blobs are in a storage backend, the image's have to be, too")
+    dictionary_digest = chunks.found.descriptor.digest if chunks else ""
+    cached = cache.load(options, dictionary_digest) if cache else {}
+    pulled = time.monotonic()
+    progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
-        progress.note(f"converting image {source}")
-        finished: Finished | None = None
-        if options.record and repository_of(target) and not (cache or backend or dictionary):
-            finished = Finished(options.record, options, str(source), repository_of(target))
-        with readable(target) as stored:
-            before = [finished.find(found, stored) if finished else None for found in images]
-        pairs = list(zip(images, before, strict=True))
-        layers, blobs = convert_layers(
-            [found for found, manifest in pairs if manifest is None],
-            [state for found, manifest in pairs if manifest for state in kept_layers(found, manifest)],
-            source,
-            backend or target,
-            options,
-            workers,
-            progress,
-            cached,
-            chunks.tree if chunks else None,
-            cache.place.open() if cache else None,
-        )
+    progress.note(f"converting image {source}")
+    finished: Finished | None = None
+    if options.record and repository_of(target) and not (cache or backend or dictionary):
+        finished = Finished(options.record, options, str(source), repository_of(target))
+    with readable(target) as stored:
+        before = [finished.find(found, stored) if finished else None for found in images]
+    pairs = list(zip(images, before, strict=True))
+    layers, blobs = convert_layers(
+        [found for found, manifest in pairs if manifest is None],
+        [state for found, manifest in pairs if manifest for state in kept_layers(found, manifest)],
+        source,
+        backend or target,
+        options,
+        progress,
+        cached,
+        chunks.tree if chunks else None,
+        cache.place.open() if cache else None,
+        fork=fork,
+    )
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
     progress.note(f"pushing image {target}")
     link_from = linkable_repository(source, target)
     if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
-        for found in images:
-            for layer in found.manifest.layers:
-                state = LayerProgress(0, layer.digest, layer.size)
-                copy_blob(reader, writer, state, link_from)
+        copy_blobs(
+            reader,
+            writer,
+            [layer for found in images for layer in found.manifest.layers],
+            link_from,
+            Silent(),
+        )
     manifests = [
         manifest
         or _assemble(

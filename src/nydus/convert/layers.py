@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from nydus.convert.backend import BackendPlace, blobs_of
@@ -44,11 +45,12 @@ def convert_layers(
     source: SourcePlace,
     target: SinkPlace | BackendPlace,
     options: ConvertOptions,
-    workers: Workers,
     progress: Progress,
     cached: Mapping[str, Known],
     dictionary: Tree | None = None,
     cache: Source | None = None,
+    *,
+    fork: bool = False,
 ) -> tuple[list[LayerProgress], dict[str, Converted]]:
     """Has every distinct layer in the target.
 
@@ -57,6 +59,7 @@ def convert_layers(
         cached: source digest -> layer of a build cache.
         dictionary: chunks to refer to instead of storing them again.
         cache: where the blobs of ``cached`` are.
+        fork: see :class:`~nydus.convert.workers.Workers`.
 
     Returns:
         How each layer went, and the converted layers by digest of their source layer.
@@ -74,30 +77,41 @@ def convert_layers(
     record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
 
+    lock = threading.Lock()
+
     def finish(digest: str, converted: Converted) -> None:
-        state = by_digest[digest]
-        state.state, state.downloaded, state.reused = "done", state.size, converted.reused
-        state.built = state.uploaded = converted.size
-        blobs[digest] = converted
-        if record is not None:
-            record.add(digest, known_of(converted, repository_of(target)))
-        progress.changed(state)
+        with lock:
+            state = by_digest[digest]
+            state.state, state.downloaded, state.reused = "done", state.size, converted.reused
+            state.built = state.uploaded = converted.size
+            blobs[digest] = converted
+            if record is not None:
+                record.add(digest, known_of(converted, repository_of(target)))
+            progress.changed(state)
 
-    known = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
-    _take_over({digest: found for digest, found in known.items() if found}, target, cached, cache, finish)
+    def advance(digest: str, read: int, built: int, sent: int) -> None:
+        with lock:
+            state = by_digest[digest]
+            state.state, state.downloaded, state.built, state.uploaded = "working", read, built, sent
+            progress.changed(state)
 
-    jobs = [
-        Job(n, layer, source, target, options, dictionary)
-        for n, layer in distinct.values()
-        if layer.digest not in blobs
-    ]
+    def convert(wanted: Collection[str], meanwhile: Callable[[], None] = lambda: None) -> None:
+        jobs = [Job(*distinct[digest], source, target, options, dictionary) for digest in wanted]
+        with Workers(options.workers, fork=fork) if jobs else nullcontext() as workers:
+            with ThreadPoolExecutor(1, "reuse") as pool:
+                done = pool.submit(meanwhile)
+                if workers:
+                    workers.run(
+                        jobs,
+                        lambda n, *figures: advance(jobs[n].layer.digest, *figures),
+                        lambda n, converted: finish(jobs[n].layer.digest, converted),
+                    )
+                done.result()
 
-    def advance(position: int, read: int, built: int, sent: int) -> None:
-        state = by_digest[jobs[position].layer.digest]
-        state.state, state.downloaded, state.built, state.uploaded = "working", read, built, sent
-        progress.changed(state)
-
-    workers.run(jobs, advance, lambda position, converted: finish(jobs[position].layer.digest, converted))
+    before = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
+    known = {digest: layer for digest, layer in before.items() if layer}
+    convert(distinct.keys() - known, lambda: _take_over(known, target, cached, cache, finish))
+    convert(distinct.keys() - blobs)  # what is not there any more
     return [*kept, *states], blobs
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 #: Changes whenever the builder gives other bytes for the same options.
 _FORMAT = 1
 _MOST = 4096
+#: Of the tables of a layer, as they are stored, that are read at once.
+_MAX_TABLES = 64 << 20
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -165,11 +167,21 @@ def read_back(known: Known, source: Source) -> Converted:
 
     where, name = f"blob {known.digest}", known.digest.partition(":")[2]
 
+    tables, start = b"", known.size  # the end of the blob, from ``start``
+
     def read(offset: int, size: int) -> bytes:
         if offset < 0 or offset + size > known.size:
             raise FormatError("a table lies outside of the blob", where=where, offset=offset)
+        if offset >= start:
+            return tables[offset - start : offset - start + size]
         return source.read_range(known.digest, offset, size)
 
+    if contents := toc.read_toc(read, known.size, where):
+        # All that is read follows the data: one request for it.
+        offsets = [entry.offset for entry in contents.entries if entry.name != toc.IMAGE_BLOB]
+        first = min(offsets, default=known.size)
+        if 0 < known.size - first <= _MAX_TABLES:
+            tables, start = read(first, known.size - first), first
     bootstrap = toc.extract_bootstrap(read, known.size, where)
     if hashlib.sha256(bootstrap).hexdigest() != known.bootstrap:
         raise FormatError("another bootstrap than was recorded", where=where)

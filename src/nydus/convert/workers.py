@@ -1,8 +1,9 @@
 """Processes that convert layers.
 
-A *forker* is started with a fresh interpreter, so that it is safe to use from a process with threads. It
-imports what a conversion needs, once, and forks the workers. Each worker gets its jobs as pickles on a
-socket. Its end is the end of its input, or SIGTERM, on which it abandons its upload.
+A *forker* imports what a conversion needs, once, and forks the workers. A command forks it off itself, as
+an import takes as long as some MB of a layer; elsewhere it is a fresh interpreter, which is safe in a
+process with threads. Each worker gets its jobs as pickles on a socket. Its end is the end of its input, or
+SIGTERM, on which it abandons its upload.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import gc
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -42,35 +43,27 @@ class Workers:
     """A number of worker processes.
 
     Args:
-        count: how many; 0 is one for each processor. They are started at once, so that their imports overlap
-            with those of the caller.
+        count: how many; 0 is one for each processor.
+        fork: this process can be forked: none of its threads holds a lock. That is faster.
     """
 
-    def __init__(self, count: int = 0) -> None:
+    def __init__(self, count: int = 0, *, fork: bool = False) -> None:
         count = count or min(os.cpu_count() or 1, _MOST)
         pairs = [socket.socketpair() for _ in range(count)]
-        numbers = [theirs.fileno() for _, theirs in pairs]
-        # -P: what lies in the current directory is not imported.
-        program = f"from nydus.convert.workers import main; main({numbers})"
+        links = [theirs for _, theirs in pairs]
         # Ctrl-C reaches the whole group; an interpreter that starts would print where it was.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._forker = subprocess.Popen(
-                [sys.executable, "-P", "-c", program],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # whatever prints must not disturb the output of the command
-                pass_fds=numbers,
-                # numpy's BLAS, which nothing here uses, would start threads.
-                env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-            )
+            self._forker = _fork_forker(pairs) if fork else _spawn_forker(links)
         except OSError as error:
             for ours, _ in pairs:
                 ours.close()
             raise NydusError(f"cannot start a conversion process: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for _, theirs in pairs:
-                theirs.close()
+            for link in links:
+                link.close()
+        self._status: int | None = None
         self._links = [ours for ours, _ in pairs]
         self._pipes: list[BufferedRWPair] = []
 
@@ -85,18 +78,33 @@ class Workers:
         for link in self._links:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_WR)
-        if self._forker.poll() is None:
-            self._forker.terminate()
-        try:
-            self._forker.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._forker.kill()
-            self._forker.wait()
+        if self._status is None:
+            self._signal(signal.SIGTERM)
+            if self._reap(_PATIENCE) is None:
+                self._signal(signal.SIGKILL)
+                self._reap()
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
         for link in self._links:
             link.close()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._forker, number)
+
+    def _reap(self, patience: float | None = None) -> int | None:
+        """The forker's exit code once it has ended, None while it runs for longer than ``patience`` (s)."""
+        if self._status is None:
+            pidfd = os.pidfd_open(self._forker)
+            try:
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                if poll.poll(None if patience is None else patience * 1000):
+                    self._status = os.waitstatus_to_exitcode(os.waitpid(self._forker, 0)[1])
+            finally:
+                os.close(pidfd)
+        return self._status
 
     def run(self, jobs: Sequence[Job], progress: OnProgress, done: OnDone) -> None:
         """Converts layers, the largest first. The callbacks are called in this thread.
@@ -134,9 +142,38 @@ class Workers:
                 case ("failed", error):
                     raise error
                 case ("gone",):
-                    code = self._forker.wait()
+                    code = self._reap() or 0
                     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
                     raise NydusError(f"a conversion process was ended {how}; was there too little memory?")
+
+
+def _spawn_forker(links: Sequence[socket.socket]) -> int:
+    numbers = [link.fileno() for link in links]
+    return os.posix_spawn(
+        sys.executable,
+        # -P: what lies in the current directory is not imported.
+        [sys.executable, "-P", "-c", f"from nydus.convert.workers import main; main({numbers})"],
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, number, number) for number in numbers
+        ],  # which makes it inherited
+    )
+
+
+def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
+    import nydus.convert.layer  # noqa: F401  for both: the layers are merged here
+
+    if pid := os.fork():
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for ours, _ in pairs:
+            ours.close()
+        main([theirs.detach() for _, theirs in pairs])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
 
 
 def _listen(pipe: BufferedRWPair, events: queue.SimpleQueue[tuple[Any, ...]]) -> None:
@@ -176,6 +213,10 @@ def main(numbers: Sequence[int]) -> None:
         numbers: descriptors of sockets, one for each worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us in order
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # whatever prints must not disturb the output of the command
+    # numpy's BLAS, which nothing here uses, would start threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import nydus.convert.layer
     import nydus.oci.registry  # noqa: F401  the most usual source and target
     from nydus.build.stream import keep_memory

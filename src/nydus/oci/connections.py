@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import weakref
@@ -16,6 +17,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 interrupted = threading.Event()
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_open.clear)  # they stay the parent's
 _holds: list[None] = []
 _lock = threading.RLock()  # a signal may come to the thread that has it
 
