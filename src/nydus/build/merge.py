@@ -50,6 +50,8 @@ class _Overlay:
         #: Implied directories and the ones below, whose attributes they keep (as an unpacked layer would).
         self.attributes: dict[_Node, _Node] = {}
         self.implied = [(layer.nodes["flags"] & NodeFlag.IMPLIED != 0).tolist() for layer in layers]
+        #: Whether a layer may say that something is gone; most do not.
+        self.removes = [_may_remove(layer, whiteout) for layer in layers]
         #: Contents of the directories that differ from those of their layer.
         self.changed: dict[_Node, dict[bytes, _Node]] = {}
         self.columns = [
@@ -116,12 +118,15 @@ class _Overlay:
         stack: list[tuple[int, _Node | None]] = [(0, self.root if layer else None)]
         while stack:
             row, lower = stack.pop()
+            removes = self.removes[layer]
+            if lower is None and not removes:
+                continue  # all below is as the layer has it
             upper = self.entries(layer, row)
-            opaque = self.opaque(layer, row, upper)
+            opaque = removes and self.opaque(layer, row, upper)
             merged = {} if lower is None or opaque else dict(self.current(lower))
-            added: dict[bytes, _Node] = {}
+            added: dict[bytes, _Node] = {} if removes else upper
             dropped = False
-            for name, node in upper.items():
+            for name, node in upper.items() if removes else ():
                 gone = self.removed(layer, name, node - base)
                 if gone is None:
                     added[name] = node
@@ -182,6 +187,16 @@ class _Overlay:
         child_count = np.zeros(len(numbers), np.uint32)
         first_child[rows], child_count[rows] = starts, lengths
         return np.array(numbers, np.int64), above, first_child, child_count
+
+
+def _may_remove(layer: Tree, whiteout: Whiteout) -> bool:
+    """False if a layer has no whiteouts for sure."""
+    if whiteout is Whiteout.OCI:
+        return _WHITEOUT in layer.names
+    if whiteout is Whiteout.OVERLAYFS:
+        devices = (layer.nodes["mode"] & 0o170000) == stat.S_IFCHR
+        return bool(layer.xattrs or (devices & (layer.nodes["rdev"] == 0)).any())
+    return False
 
 
 def overlay(

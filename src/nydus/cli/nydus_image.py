@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import platform
 import sys
@@ -10,7 +9,7 @@ import sys
 import click
 
 from nydus import __version__
-from nydus.cli.lazy import Ended, LazyGroup, end_in_order
+from nydus.cli.lazy import Ended, LazyGroup, end_in_order, leaving_at_once
 from nydus.errors import NydusError
 
 _LEVELS = ("trace", "debug", "info", "warn", "error")
@@ -121,14 +120,14 @@ def main() -> None:
     """Run the command: 2 for wrong usage, 1 and one line on stderr for everything else."""
     end_in_order(lambda: None)  # Ctrl-C, too: click would make "Aborted!" and 1 of it
     # A command that runs for seconds and makes no cycles has nothing to collect, and much to look through:
-    # a sixth of a short run would be spent on that, most of it when the interpreter ends.
+    # a tenth of a short run would be spent on that.
     gc.disable()
-    atexit.register(gc.freeze)
-    try:
-        nydus_image(prog_name="nydus-image")
-    except Ended as ended:
-        print(f"Error: {ended.text}", file=sys.stderr)
-        raise
-    except NydusError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+    with leaving_at_once():
+        try:
+            nydus_image(prog_name="nydus-image")
+        except Ended as ended:
+            print(f"Error: {ended.text}", file=sys.stderr)
+            raise
+        except NydusError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_code", 1))

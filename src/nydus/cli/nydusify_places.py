@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,6 +129,8 @@ def new_archive(path: Path, reference: Reference, folder: Path, option: str) -> 
     Raises:
         ConfigError: no file can be written there; raised before anything is done.
     """
+    import tempfile
+
     from nydus.oci.archive import write_archive
     from nydus.oci.layout import Layout
     from nydus.oci.place import LayoutPlace

@@ -11,11 +11,11 @@ import msgspec
 
 from nydus.errors import BackendError, ConfigError
 from nydus.oci import model
-from nydus.oci.layout import FileUpload, LayoutReader
 from nydus.oci.model import Descriptor
 from nydus.oci.place import Sink, Writer
 
 if TYPE_CHECKING:
+    from nydus.oci.layout import FileUpload, LayoutReader
     from nydus.storage.backend import Backend
     from nydus.storage.backends.objectstore import ObjectStore
 
@@ -169,6 +169,8 @@ class Folder:
             ) from error
 
     def upload(self, *, replace: bool = True) -> FileUpload:
+        from nydus.oci.layout import FileUpload
+
         return FileUpload(self._path, lambda digest: self._path / digest.partition(":")[2])
 
 
@@ -197,4 +199,6 @@ class _Blobs:
 
 def blobs_of(place: BackendPlace, backend: Backend) -> LayoutReader:
     """The blobs of an open backend as those of a layout: streams check their digests."""
+    from nydus.oci.layout import LayoutReader
+
     return LayoutReader(_Blobs(backend, str(place)))

@@ -6,14 +6,15 @@ layer. Here each also says what it was built with, and is used only if that is w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from nydus.convert.copy import copy_blob
-from nydus.convert.options import ConvertOptions
+from nydus.convert.finished import Finished, Stored, chain
 from nydus.convert.progress import LayerProgress
-from nydus.convert.reuse import Known, options_key
+from nydus.convert.reuse import Known
+from nydus.convert.select import Image
 from nydus.errors import BackendError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Manifest
@@ -25,13 +26,22 @@ ENTRY = "dev.pynydus.build-cache"
 _MAX_ENTRY = 4096
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to be known of a blob besides its digest and size.
+
+    Attributes:
+        key: see :func:`~nydus.convert.reuse.options_key`.
+        bootstrap, toc, toc_size, implied, reference: of a layer, see :class:`~nydus.convert.reuse.Known`.
+        diff_id: of the bootstrap of a whole image; its blobs are those of the layers.
+    """
+
     key: str
-    bootstrap: str
-    toc: str
-    toc_size: int
+    bootstrap: str = ""
+    toc: str = ""
+    toc_size: int = 0
     implied: tuple[str, ...] = ()
     reference: str = ""
+    diff_id: str = ""
 
 
 class BuildCache:
@@ -39,26 +49,30 @@ class BuildCache:
 
     Args:
         version: caches of another version are neither used nor kept.
-        most: layers to keep; the newest stay.
+        most: layers and images to keep; the newest stay.
     """
 
     def __init__(self, place: RegistryPlace, version: str = "v1", most: int = 200) -> None:
         self.place, self._version, self._most = place, version, most
-        self._layers: tuple[Descriptor, ...] = ()
+        self._records: tuple[Descriptor, ...] = ()
+        self._key = ""
+        self._layers: dict[str, Known] = {}
+        self._images: dict[str, tuple[Descriptor, str]] = {}
 
     @property
     def repository(self) -> str:
         return self.place.reference.name
 
-    def load(self, options: ConvertOptions, dictionary: str = "") -> dict[str, Known]:
+    def load(self, key: str) -> dict[str, Known]:
         """The usable layers by digest of their source layer; none if there is no cache yet.
 
         Args:
-            dictionary: see :func:`~nydus.convert.reuse.options_key`.
+            key: of what is converted now, see :func:`~nydus.convert.reuse.options_key`.
 
         Raises:
             NydusError: it cannot be read, or is something else.
         """
+        self._key = key
         source = self.place.open()
         try:
             descriptor, data = source.manifest(self.place.target)
@@ -72,65 +86,75 @@ class BuildCache:
             raise NydusError(f"{self.place}: is not a build cache; it would be overwritten")
         if version != self._version:
             return {}
-        self._layers = document.layers
-        key, found = options_key(options, dictionary), {}
-        for layer in document.layers:
-            try:
-                entry = msgspec.json.decode(layer.annotations.get(ENTRY, "null"), type=_Entry)
-            except msgspec.MsgspecError:
+        self._records = document.layers
+        for record in document.layers:
+            entry = _entry(record)
+            of = record.annotations.get(model.NYDUS_SOURCE_DIGEST, "")
+            if entry is None or entry.key != key:
                 continue  # one that the reference wrote does not say what it was built with
-            if entry.key == key:
-                found[layer.annotations.get(model.NYDUS_SOURCE_DIGEST, "")] = Known(
-                    digest=layer.digest,
-                    size=layer.size,
-                    bootstrap=entry.bootstrap,
-                    toc=entry.toc,
-                    toc_size=entry.toc_size,
-                    repository=self.repository,
-                    implied=entry.implied,
-                    reference=entry.reference,
-                )
-        return found
+            if entry.diff_id:
+                self._images[of] = record, entry.diff_id
+                continue
+            self._layers[of] = Known(
+                digest=record.digest,
+                size=record.size,
+                bootstrap=entry.bootstrap,
+                toc=entry.toc,
+                toc_size=entry.toc_size,
+                repository=self.repository,
+                implied=entry.implied,
+                reference=entry.reference,
+            )
+        return self._layers
+
+    def find(self, image: Image) -> Finished | None:
+        """What an image became, if all of it is here."""
+        bootstrap, diff_id = self._images.get(chain(image), (None, ""))
+        layers = [self._layers.get(layer.digest) for layer in image.manifest.layers]
+        if bootstrap is None or not all(layers):
+            return None
+        return Finished(
+            source=chain(image),
+            blobs=tuple(Stored(known.digest, known.size, known.reference) for known in layers if known),
+            bootstrap=Stored(bootstrap.digest, bootstrap.size),
+            diff_id=diff_id,
+            repository=self.repository,
+        )
 
     def store(
-        self,
-        layers: Mapping[str, Known],
-        options: ConvertOptions,
-        target: Source,
-        repository: str,
-        dictionary: str = "",
+        self, layers: Mapping[str, Known], images: Sequence[Finished], target: Source, repository: str
     ) -> None:
-        """Adds layers to the cache.
+        """Adds what was converted to the cache.
 
         Args:
             layers: source digest -> converted layer, whose blobs are all in ``target``.
+            images: of these layers; their bootstraps are there, too.
             repository: ``host/name`` of the target, "" if it is no registry.
-            dictionary: see :func:`~nydus.convert.reuse.options_key`.
 
         Raises:
             BackendError: the cache cannot be written.
         """
-        sink, key = self.place.open_sink(), options_key(options, dictionary)
+        added = [
+            _record(model.NYDUS_BLOB, known, source, _entry_of(known, self._key))
+            for source, known in layers.items()
+        ]
+        added += [
+            _record(
+                model.OCI_LAYER_GZIP, image.bootstrap, image.source, _Entry(self._key, diff_id=image.diff_id)
+            )
+            for image in images
+        ]
+        added = [record for record in added if len(record.annotations[ENTRY]) <= _MAX_ENTRY]
+        if tuple(added) == self._records[: len(added)]:
+            return
+        sink = self.place.open_sink()
         same_host = repository.partition("/")[0] == self.repository.partition("/")[0]
         link_from = repository.partition("/")[2] if same_host else ""
-        added = []
-        for source_digest, known in layers.items():
-            entry = _Entry(key, known.bootstrap, known.toc, known.toc_size, known.implied, known.reference)
-            if len(model.encode(entry)) > _MAX_ENTRY:
-                continue
-            copy_blob(target, sink, LayerProgress(0, known.digest, known.size), link_from)
-            annotations = {
-                model.NYDUS_BLOB_ANNOTATION: "true",
-                model.NYDUS_SOURCE_DIGEST: source_digest,
-                ENTRY: model.encode(entry).decode(),
-            }
-            added.append(
-                Descriptor(
-                    media_type=model.NYDUS_BLOB, digest=known.digest, size=known.size, annotations=annotations
-                )
-            )
-        mine = {(layer.annotations[model.NYDUS_SOURCE_DIGEST], key) for layer in added}
-        kept = [layer for layer in self._layers if _identity(layer) not in mine]
+        for record in added:
+            if record not in self._records:
+                copy_blob(target, sink, LayerProgress(0, record.digest, record.size), link_from)
+        replaced = {_identity(record) for record in added}
+        kept = [record for record in self._records if _identity(record) not in replaced]
         manifest = Manifest(
             schema_version=2,
             media_type=model.OCI_MANIFEST,
@@ -141,9 +165,24 @@ class BuildCache:
         sink.put_manifest(self.place.target, model.encode(manifest), model.OCI_MANIFEST)
 
 
-def _identity(layer: Descriptor) -> tuple[str, str]:
+def _record(kind: str, blob: Known | Stored, source: str, entry: _Entry) -> Descriptor:
+    annotations = {model.NYDUS_SOURCE_DIGEST: source, ENTRY: model.encode(entry).decode()}
+    if kind == model.NYDUS_BLOB:
+        annotations[model.NYDUS_BLOB_ANNOTATION] = "true"
+    return Descriptor(media_type=kind, digest=blob.digest, size=blob.size, annotations=annotations)
+
+
+def _entry_of(known: Known, key: str) -> _Entry:
+    return _Entry(key, known.bootstrap, known.toc, known.toc_size, known.implied, known.reference)
+
+
+def _entry(record: Descriptor) -> _Entry | None:
     try:
-        key = msgspec.json.decode(layer.annotations.get(ENTRY, "null"), type=_Entry).key
+        return msgspec.json.decode(record.annotations.get(ENTRY, ""), type=_Entry)
     except msgspec.MsgspecError:
-        key = ""
-    return layer.annotations.get(model.NYDUS_SOURCE_DIGEST, ""), key
+        return None
+
+
+def _identity(record: Descriptor) -> tuple[str, str]:
+    entry = _entry(record)
+    return record.annotations.get(model.NYDUS_SOURCE_DIGEST, ""), entry.key if entry else ""

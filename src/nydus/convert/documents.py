@@ -9,7 +9,6 @@ import os
 import posixpath
 import stat
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 #: Where the bootstrap lies in its layer; the snapshotter finds it there.
 BOOTSTRAP = "image/image.boot"
 _BLOCK = 512
+_FILE, _DIRECTORY = b"0", b"5"  # of tar
 _GZIP_HEADER = bytes.fromhex("1f8b08 00 00000000 00 ff")  # no name, no time, unknown system
 _WINDOW = 32 << 10
 _PIECE = 512 << 10
@@ -56,11 +56,11 @@ def bootstrap_layer(
         The layer's bytes and its diff id.
     """
     tar = io.BytesIO()
-    tar.write(_header("image", tarfile.DIRTYPE, 0o755, 0))
+    tar.write(_header("image", _DIRECTORY, 0o755, 0))
     files = {BOOTSTRAP: bootstrap} | {f"image/{blob}.blob.meta": data for blob, data in metas.items()}
     files |= others or {}
     for name, data in files.items():
-        tar.write(_header(name, tarfile.REGTYPE, 0o444, len(data)))
+        tar.write(_header(name, _FILE, 0o444, len(data)))
         tar.write(data)
         tar.write(bytes(-len(data) % _BLOCK))
     tar.write(bytes(2 * _BLOCK))
@@ -88,6 +88,8 @@ def _gzip(data: memoryview) -> bytes:
 
 
 def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
+    import tarfile
+
     entry = tarfile.TarInfo(name)
     entry.type, entry.mode, entry.size = kind, mode, size
     info: dict[str, Any] = dict(entry.get_info())

@@ -1,70 +1,104 @@
-"""Images that were converted before, found again by source manifest, options and target repository.
+"""Images that were converted before, found again by the layers of their source and the options.
 
 Like the record of layers (:mod:`nydus.convert.reuse`), this one is believed only as far as the target
-confirms it: the manifest and every blob that it names must be there.
+confirms it: every blob must be there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
+
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress
-from nydus.convert.reuse import note, options_key
+from nydus.convert.reuse import bring, note, options_key
 from nydus.convert.select import Image
 from nydus.errors import NydusError
 from nydus.oci import model
-from nydus.oci.model import Manifest
-from nydus.oci.place import Source
+from nydus.oci.place import Sink, Source
 
 _AT_ONCE = 8
 
 
-def kept_layers(image: Image, manifest: Manifest) -> list[LayerProgress]:
-    """What there is to tell of the layers of an image that was converted before."""
-    pairs = zip(image.manifest.layers, manifest.layers, strict=False)
-    return [
-        LayerProgress(number, layer.digest, layer.size, "done", layer.size, blob.size, blob.size, reused=True)
-        for number, (layer, blob) in enumerate(pairs, 1)
-    ]
+class Stored(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A blob of a Nydus image.
 
-
-class Finished:
-    """The record of converted images in a folder; a folder that cannot be used is an empty record.
-
-    Args:
-        folder: that of the record of layers.
-        source: name of the source image, which the target's manifest repeats.
-        repository: ``host/name`` of the target.
+    Attributes:
+        reference: digest of the layer that holds its data (oci-ref), else "".
     """
 
-    def __init__(self, folder: Path, options: ConvertOptions, source: str, repository: str) -> None:
-        self._folder = folder / "images"
-        shape = (options.oci, options.merge_platform, options.with_referrer)
-        self._key = (options_key(options), shape, source, repository)
+    digest: model.Digest
+    size: model.Size
+    reference: str = ""
 
-    def find(self, image: Image, target: Source) -> Manifest | None:
-        """What an image became, if all of it is in the target."""
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """What the layers of an image became; config and manifest are made anew each time.
+
+    Attributes:
+        source: of which layers, see :func:`chain`.
+        blobs: one for each of them, in order.
+        bootstrap, diff_id: the bootstrap layer.
+        repository: ``host/name`` where all this was stored last.
+    """
+
+    source: str
+    blobs: tuple[Stored, ...]
+    bootstrap: Stored
+    diff_id: model.Digest
+    repository: str
+
+
+def chain(image: Image) -> str:
+    """A digest that stands for the layers of an image."""
+    return model.digest(" ".join(layer.digest for layer in image.manifest.layers).encode())
+
+
+class FinishedImages:
+    """The record in a folder, that of the record of layers; one that cannot be used is an empty record."""
+
+    def __init__(self, folder: Path, options: ConvertOptions) -> None:
+        self._folder, self._key = folder / "images", options_key(options)
+
+    def find(self, image: Image) -> Finished | None:
+        """What an image became."""
+        path = self._folder / self._name(image)
         try:
-            name, _, digest = (self._folder / self._name(image)).read_text("ascii").partition(" ")
-            if name != self._name(image):
-                return None
-            _, data = target.manifest(digest)
-            manifest = model.decode(data, Manifest, digest)
-            if model.digest(model.encode(manifest)) != digest:
-                return None
-            blobs = [manifest.config.digest, *(layer.digest for layer in manifest.layers)]
-            with ThreadPoolExecutor(_AT_ONCE, "finished") as pool:
-                return manifest if all(pool.map(target.has_blob, blobs)) else None
-        except (OSError, UnicodeDecodeError, NydusError):
+            finished = msgspec.json.decode(path.read_bytes(), type=Finished)
+            os.utime(path)  # the newest are kept
+        except (OSError, msgspec.MsgspecError):
             return None
+        return finished if finished.source == chain(image) else None
 
-    def add(self, image: Image, manifest: Manifest) -> None:
+    def add(self, image: Image, finished: Finished) -> None:
         """Notes a converted image."""
-        name = self._name(image)
-        note(self._folder, name, f"{name} {model.digest(model.encode(manifest))}".encode())
+        note(self._folder, self._name(image), msgspec.json.encode(finished))
 
     def _name(self, image: Image) -> str:
-        return hashlib.sha256(repr((*self._key, image.descriptor.digest)).encode()).hexdigest()
+        return hashlib.sha256(f"{self._key} {chain(image)}".encode()).hexdigest()
+
+
+def bring_image(finished: Finished, sink: Sink, repository: str, cache: Source | None) -> bool:
+    """Has all blobs of an image in the target, as :func:`~nydus.convert.reuse.bring` does it."""
+
+    def brought(blob: Stored) -> bool:
+        return bring(blob.digest, blob.size, finished.repository, sink, repository, cache)
+
+    try:
+        with ThreadPoolExecutor(_AT_ONCE, "finished") as pool:
+            return all(pool.map(brought, (finished.bootstrap, *finished.blobs)))
+    except NydusError:
+        return False
+
+
+def kept_layers(image: Image, blobs: Sequence[Stored]) -> list[LayerProgress]:
+    """What there is to tell of the layers of an image that was converted before."""
+    return [
+        LayerProgress(number, layer.digest, layer.size, "done", layer.size, blob.size, blob.size, reused=True)
+        for number, (layer, blob) in enumerate(zip(image.manifest.layers, blobs, strict=True), 1)
+    ]

@@ -5,37 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from nydus.convert.assemble import assemble, assemble_again, put_documents
 from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blobs, linkable_repository
-from nydus.convert.documents import (
-    bootstrap_layer,
-    config_type,
-    put_bootstrap,
-    rewrite_config,
-    rewrite_manifest,
-)
-from nydus.convert.finished import Finished, kept_layers
-from nydus.convert.job import Converted
+from nydus.convert.finished import Finished, FinishedImages, bring_image, kept_layers
 from nydus.convert.layers import convert_layers, readable, repository_of
 from nydus.convert.merged import put_original
-from nydus.convert.opened import Opened, open_nydus
+from nydus.convert.opened import open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
-from nydus.convert.reuse import known_of
+from nydus.convert.reuse import known_of, options_key
 from nydus.convert.select import Image, reference_name, select
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED, recipients
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
-
-if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
 
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
@@ -118,27 +107,33 @@ def image(
     if chunks and chunks.elsewhere and backend is None:
         raise ConfigError(f"{dictionary}: its blobs are in a storage backend, the image's have to be, too")
     dictionary_digest = chunks.found.descriptor.digest if chunks else ""
-    cached = cache.load(options, dictionary_digest) if cache else {}
+    cached = cache.load(options_key(options, dictionary_digest)) if cache else {}
+    cache_source = cache.place.open() if cache else None
     pulled = time.monotonic()
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
     progress.note(f"converting image {source}")
-    finished: Finished | None = None
-    if options.record and repository_of(target) and not (cache or backend or dictionary):
-        finished = Finished(options.record, options, str(source), repository_of(target))
-    with readable(target) as stored:
-        before = [finished.find(found, stored) if finished else None for found in images]
-    pairs = list(zip(images, before, strict=True))
+    repository = repository_of(target)
+    record: FinishedImages | BuildCache | None = None
+    if not (backend or dictionary):
+        record = cache or (FinishedImages(options.record, options) if options.record and repository else None)
+
+    def before(found: Image) -> Finished | None:
+        known = record.find(found) if record else None
+        return known if known and bring_image(known, writer, repository, cache_source) else None
+
+    finished = [before(found) for found in images]
+    pairs = list(zip(images, finished, strict=True))
     layers, blobs = convert_layers(
-        [found for found, manifest in pairs if manifest is None],
-        [state for found, manifest in pairs if manifest for state in kept_layers(found, manifest)],
+        [found for found, known in pairs if known is None],
+        [state for found, known in pairs if known for state in kept_layers(found, known.blobs)],
         source,
         backend or target,
         options,
         progress,
         cached,
         chunks.tree if chunks else None,
-        cache.place.open() if cache else None,
+        cache_source,
         fork=fork,
     )
     converted = time.monotonic()
@@ -154,12 +149,11 @@ def image(
             link_from,
             Silent(),
         )
-    manifests = [
-        manifest
-        or _assemble(
-            found,
+    parts = [
+        assemble_again(known)
+        if known
+        else assemble(
             [blobs[layer.digest] for layer in found.manifest.layers],
-            source,
             writer,
             options,
             backend=backend,
@@ -167,7 +161,10 @@ def image(
             target=target,
             readers=readers,
         )
-        for found, manifest in pairs
+        for found, known in pairs
+    ]
+    manifests = [
+        put_documents(found, part, source, writer, options) for found, part in zip(images, parts, strict=True)
     ]
     if options.merge_platform:
         entries = [put_original(found, reader, writer, link_from) for found in images]
@@ -179,14 +176,21 @@ def image(
         media_type = model.OCI_INDEX if options.oci else index.media_type
         entries = _put_manifests(manifests, images, writer)
         descriptor = _put_index(media_type, index.annotations, entries, name, writer)
-    if finished:
-        for found, manifest in zip(images, manifests, strict=True):
-            finished.add(found, manifest)
+    if isinstance(record, FinishedImages):
+        for (found, known), part in zip(pairs, parts, strict=True):
+            if known is None:
+                record.add(found, part.finished(found, repository))
     if cache:
-        known = {digest: known_of(blob, repository_of(target)) for digest, blob in blobs.items()}
-        with readable(backend or target) as stored:
-            where = repository_of(backend or target)
-            cache.store(known, options, stored, where, dictionary_digest)
+        digests = [layer.digest for found in images for layer in found.manifest.layers]
+        used = {digest: known_of(blobs[digest]) if digest in blobs else cached[digest] for digest in digests}
+        whole = zip(images, parts, strict=True) if record else ()
+        with readable(backend or target, writer) as stored:
+            cache.store(
+                used,
+                [part.finished(found, repository) for found, part in whole],
+                stored,
+                repository_of(backend or target),
+            )
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
     return Result(
@@ -229,79 +233,6 @@ def _check(found: Image, reader: Source, where: str, options: ConvertOptions) ->
                 f"{where}: layer {number} is not in the registry, only its address is; "
                 "oci-ref needs it there, convert it instead"
             )
-
-
-def _assemble(
-    found: Image,
-    blobs: Sequence[Converted],
-    source: SourcePlace,
-    writer: Sink,
-    options: ConvertOptions,
-    *,
-    backend: BackendPlace | None,
-    dictionary: Opened | None,
-    target: SinkPlace,
-    readers: Sequence[JWK],
-) -> Manifest:
-    """Merges the layers of one image and stores all of it but the manifest.
-
-    Args:
-        backend: where the blobs are instead of the target, whose manifest then does not list them.
-        readers: for whom the bootstrap is encrypted.
-    """
-    from nydus.build.layer import prefetch_rows, write_bootstrap
-    from nydus.build.merge import merge
-
-    tree = merge([blob.tree for blob in blobs], dictionary.tree if dictionary else None)
-    tree.prefetch = prefetch_rows(tree, options.prefetch)
-    metas = {blob.digest.removeprefix("sha256:"): blob.meta for blob in blobs if blob.meta}
-    packed, diff_id = bootstrap_layer(write_bootstrap(tree), metas)
-    bootstrap = put_bootstrap(writer, packed, readers)
-    where = f"{source}: config"
-    layers = [
-        Descriptor(
-            media_type=model.NYDUS_BLOB,
-            digest=blob.digest,
-            size=blob.size,
-            annotations={
-                model.NYDUS_BLOB_ANNOTATION: "true",
-                **({model.NYDUS_REF: blob.reference} if blob.reference else {}),
-                **({model.NYDUS_ENCRYPTED_BLOB: "true"} if readers else {}),
-            },
-        )
-        for blob in blobs
-    ]
-    if dictionary is not None:
-        own = {layer.digest for layer in layers}
-        used = [f"sha256:{blob.id}" for blob in tree.blobs]
-        blobs_sink = backend.open_sink() if backend else writer
-        for digest in used:
-            if digest not in own and not dictionary.layer_of(digest) and not blobs_sink.has_blob(digest):
-                raise ConfigError(f"{dictionary.place}: its blob {digest} is not in {backend}")
-        wanted = [layer.digest for layer in map(dictionary.layer_of, used) if layer]
-        shared = [layer for layer in dictionary.blobs if layer.digest in wanted and layer.digest not in own]
-        link_from = "" if backend else linkable_repository(dictionary.place, target)
-        dictionary.copy_to(blobs_sink, link_from, Silent(), shared)
-        layers += shared
-    if backend:
-        layers = []
-    diff_ids = [*(layer.digest for layer in layers), diff_id]
-    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=backend is None)
-    kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
-    config = writer.put_blob(raw_config, kind)
-    origin = found.descriptor
-    subject = Descriptor(media_type=found.manifest.media_type, digest=origin.digest, size=origin.size)
-    return rewrite_manifest(
-        found.manifest,
-        found.descriptor.digest,
-        str(source),
-        config,
-        layers,
-        bootstrap,
-        fs_version=options.fs_version,
-        oci=options.oci,
-        subject=subject if options.with_referrer else None,
-    )
 
 
 def _put_manifests(manifests: Sequence[Manifest], images: Sequence[Image], writer: Sink) -> list[Descriptor]:

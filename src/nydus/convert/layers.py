@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, cast
 
 from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.job import Converted, Job
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress
-from nydus.convert.reuse import Known, Record, known_of, take_over
+from nydus.convert.reuse import Known, Record, Tables, known_of, read_back, take_over
 from nydus.convert.select import Image
-from nydus.convert.workers import Workers
+from nydus.errors import NydusError
 from nydus.oci.model import Descriptor
-from nydus.oci.place import RegistryPlace, SinkPlace, Source, SourcePlace
+from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace, Store
 
 if TYPE_CHECKING:
     from nydus.rafs.model import Tree
@@ -25,13 +25,13 @@ _AT_ONCE = 8
 
 
 @contextmanager
-def readable(place: SinkPlace | BackendPlace) -> Iterator[Source]:
-    """What was written to a place, for reading."""
+def readable(place: SinkPlace | BackendPlace, sink: Sink) -> Iterator[Source]:
+    """What is written to a place, for reading; ``sink`` is the place, opened for writing."""
     if isinstance(place, BackendPlace):
         with closing(place.open()) as backend:
             yield blobs_of(place, backend)
     else:
-        yield place.open()
+        yield cast(Store, sink)
 
 
 def repository_of(place: SinkPlace | SourcePlace | BackendPlace) -> str:
@@ -96,17 +96,19 @@ def convert_layers(
             progress.changed(state)
 
     def convert(wanted: Collection[str], meanwhile: Callable[[], None] = lambda: None) -> None:
+        if not wanted:
+            return meanwhile()
+        from nydus.convert.workers import Workers
+
         jobs = [Job(*distinct[digest], source, target, options, dictionary) for digest in wanted]
-        with Workers(options.workers, fork=fork) if jobs else nullcontext() as workers:
-            with ThreadPoolExecutor(1, "reuse") as pool:
-                done = pool.submit(meanwhile)
-                if workers:
-                    workers.run(
-                        jobs,
-                        lambda n, *figures: advance(jobs[n].layer.digest, *figures),
-                        lambda n, converted: finish(jobs[n].layer.digest, converted),
-                    )
-                done.result()
+        with Workers(options.workers, fork=fork) as workers, ThreadPoolExecutor(1, "reuse") as pool:
+            done = pool.submit(meanwhile)
+            workers.run(
+                jobs,
+                lambda n, *figures: advance(jobs[n].layer.digest, *figures),
+                lambda n, converted: finish(jobs[n].layer.digest, converted),
+            )
+            done.result()
 
     before = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
     known = {digest: layer for digest, layer in before.items() if layer}
@@ -126,11 +128,14 @@ def _take_over(
         return
     writer, repository = target.open_sink(), repository_of(target)
 
-    def take(digest: str) -> Converted | None:
+    def fetch(digest: str) -> Tables | None:
         return take_over(known[digest], reader, writer, repository, cache if digest in cached else None)
 
-    with readable(target) as reader, ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
-        found = pool.map(take, known)
-        for digest, converted in zip(known, found, strict=True):
-            if converted is not None:
+    with readable(target, writer) as reader, ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
+        for digest, tables in zip(known, pool.map(fetch, known), strict=True):
+            if tables is not None:
+                try:
+                    converted = read_back(tables)
+                except NydusError:
+                    continue  # it is not as it was recorded: it is converted again
                 finish(digest, converted)

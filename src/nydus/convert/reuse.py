@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +110,8 @@ class Record:
 
 def note(folder: Path, name: str, data: bytes) -> None:
     """Writes a small file into a folder that keeps the newest ones only. It is a help: errors are ignored."""
+    import tempfile
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
@@ -125,7 +126,7 @@ def note(folder: Path, name: str, data: bytes) -> None:
 
 def take_over(
     known: Known, source: Source, sink: Sink, repository: str, cache: Source | None = None
-) -> Converted | None:
+) -> Tables | None:
     """Uses a blob that the target has, or can link from where it was stored last, or copy from a cache.
 
     Args:
@@ -134,27 +135,79 @@ def take_over(
         cache: where the blob is kept, None for nowhere.
 
     Returns:
-        None if it is not there, or is not what the record says.
+        What is then read of it; None if it is not there, or is not what the record says.
     """
-    host, _, _ = repository.partition("/")
-    other_host, _, other = known.repository.partition("/")
     try:
-        if not sink.has_blob(known.digest):
-            elsewhere = repository and known.repository != repository and host == other_host
-            if not (elsewhere and sink.mount_blob(known.digest, other)):
-                if cache is None:
-                    return None
-                copy_blob(cache, sink, LayerProgress(0, known.digest, known.size))
-        return read_back(known, source)
+        if bring(known.digest, known.size, known.repository, sink, repository, cache):
+            return Tables(known, source)
     except NydusError:
-        return None
+        pass
+    return None
 
 
-def read_back(known: Known, source: Source) -> Converted:
-    """Reads what a merge needs of a layer from the end of its blob.
+def bring(
+    digest: str, size: int, stored_in: str, sink: Sink, repository: str, cache: Source | None = None
+) -> bool:
+    """Has a blob in the target that need not be made again; see :func:`take_over`.
+
+    Args:
+        stored_in: ``host/name`` where it was stored last.
+
+    Returns:
+        False if it is not to be had.
 
     Raises:
-        FormatError: it is not what ``known`` says.
+        BackendError: the target or the cache cannot be asked.
+    """
+    host, _, _ = repository.partition("/")
+    other_host, _, other = stored_in.partition("/")
+    if sink.has_blob(digest):
+        return True
+    elsewhere = repository and stored_in != repository and host == other_host
+    if elsewhere and sink.mount_blob(digest, other):
+        return True
+    if cache is None:
+        return False
+    copy_blob(cache, sink, LayerProgress(0, digest, size))
+    return True
+
+
+class Tables:
+    """The end of a converted layer's blob, where its tables are, fetched at once.
+
+    Raises:
+        FormatError: the table of contents is damaged.
+        BackendError: it cannot be read.
+    """
+
+    def __init__(self, known: Known, source: Source) -> None:
+        from nydus.rafs import toc
+
+        self.known, self._source = known, source
+        self._start, self._data = known.size, b""
+        contents = toc.read_toc(self.read, known.size, f"blob {known.digest}")
+        if contents:  # blobs of version 5 have none
+            offsets = [entry.offset for entry in contents.entries if entry.name != toc.IMAGE_BLOB]
+            first = min(offsets, default=known.size)
+            if 0 < known.size - first <= _MAX_TABLES:
+                self._data, self._start = self.read(first, known.size - first), first
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes of the blob."""
+        known = self.known
+        if offset < 0 or offset + size > known.size:
+            where = f"blob {known.digest}"
+            raise FormatError("a table lies outside of the blob", where=where, offset=offset)
+        if offset >= self._start:
+            return self._data[offset - self._start : offset - self._start + size]
+        return self._source.read_range(known.digest, offset, size)
+
+
+def read_back(tables: Tables) -> Converted:
+    """Makes of a blob's tables what a merge needs of the layer.
+
+    Raises:
+        FormatError: it is not what was recorded.
         BackendError: it cannot be read.
     """
     from dataclasses import replace
@@ -165,23 +218,8 @@ def read_back(known: Known, source: Source) -> Converted:
     from nydus.rafs import blobmeta, toc
     from nydus.rafs.model import NodeFlag
 
+    known, read = tables.known, tables.read
     where, name = f"blob {known.digest}", known.digest.partition(":")[2]
-
-    tables, start = b"", known.size  # the end of the blob, from ``start``
-
-    def read(offset: int, size: int) -> bytes:
-        if offset < 0 or offset + size > known.size:
-            raise FormatError("a table lies outside of the blob", where=where, offset=offset)
-        if offset >= start:
-            return tables[offset - start : offset - start + size]
-        return source.read_range(known.digest, offset, size)
-
-    if contents := toc.read_toc(read, known.size, where):
-        # All that is read follows the data: one request for it.
-        offsets = [entry.offset for entry in contents.entries if entry.name != toc.IMAGE_BLOB]
-        first = min(offsets, default=known.size)
-        if 0 < known.size - first <= _MAX_TABLES:
-            tables, start = read(first, known.size - first), first
     bootstrap = toc.extract_bootstrap(read, known.size, where)
     if hashlib.sha256(bootstrap).hexdigest() != known.bootstrap:
         raise FormatError("another bootstrap than was recorded", where=where)
@@ -225,8 +263,8 @@ def read_back(known: Known, source: Source) -> Converted:
     )
 
 
-def known_of(converted: Converted, repository: str) -> Known:
-    """What to remember of a converted layer."""
+def known_of(converted: Converted, repository: str = "") -> Known:
+    """What to remember of a converted layer; ``repository`` is where it was stored."""
     from nydus.rafs.model import NodeFlag
 
     tree = converted.tree

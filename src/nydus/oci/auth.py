@@ -7,7 +7,6 @@ import binascii
 import json
 import os
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -123,6 +122,8 @@ def _table(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _ask_helper(name: str, server: str) -> Credentials | None:
     """Runs ``docker-credential-NAME get``: the server on standard input, JSON on standard output."""
+    import subprocess  # here, as it takes some ms to import
+
     command = f"docker-credential-{name}"
     if os.sep in name:
         raise ConfigError(f"credential helper {name!r} is not a plain name")

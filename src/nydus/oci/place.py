@@ -75,6 +75,10 @@ class Sink(Protocol):
     def put_manifest(self, reference: str, data: bytes, media_type: str) -> Descriptor: ...
 
 
+class Store(Source, Sink, Protocol):
+    """Both: a repository, a layout."""
+
+
 @dataclass(frozen=True, slots=True)
 class RegistryPlace:
     """An image in a registry.
@@ -102,7 +106,7 @@ class RegistryPlace:
     def open(self) -> Source:
         return self.repository()
 
-    def open_sink(self) -> Sink:
+    def open_sink(self) -> Store:
         return self.repository()
 
     def repository(self) -> Repository:
@@ -138,7 +142,7 @@ class LayoutPlace:
 
         return Layout(self.path)
 
-    def open_sink(self) -> Sink:
+    def open_sink(self) -> Store:
         from nydus.oci.layout import Layout
 
         return Layout(self.path).create()
