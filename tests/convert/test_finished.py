@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from documents import load
 from faulty import FaultyRegistry
 
 from nydus.convert.image import Result, image
@@ -63,6 +65,35 @@ def test_other_options_or_another_source_make_another_image(
     )
     # The source's name is in the manifest.
     assert other.descriptor.digest != results[0].descriptor.digest
+    assert [layer.reused for layer in other.layers] == [True] * 3
+
+
+def test_an_image_of_the_same_layers_is_found_whatever_its_name_and_config(
+    server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record")
+    first = image(place(source), place(f"{server.host}/small:one"), options)
+    with Registry(server.host, plain_http=True) as registry:
+        repository = registry.repository("small")
+        descriptor, raw = repository.manifest("latest")
+        manifest = json.loads(raw)
+        config = json.loads(repository.document(model.decode(raw, model.Manifest, "").config))
+        config["config"]["Env"] = ["COLOUR=blue"]
+        stored = repository.put_blob(json.dumps(config).encode(), manifest["config"]["mediaType"])
+        manifest["config"].update(digest=stored.digest, size=stored.size)
+        repository.put_manifest("blue", json.dumps(manifest).encode(), descriptor.media_type)
+    server.seen.clear()
+    second = image(place(f"{server.host}/small:blue"), place(f"{server.host}/linked:two"), options)
+    assert [layer.reused for layer in second.layers] == [True] * 3
+    assert not server.paths("PATCH")
+    documents = [
+        load(place(f"{server.host}/{name}").open(), name.partition(":")[2])
+        for name in ("small:one", "linked:two")
+    ]
+    assert [it["digest"] for it in documents[0]["layers"]] == [it["digest"] for it in documents[1]["layers"]]
+    assert documents[1]["config"]["content"]["config"]["Env"] == ["COLOUR=blue"]
+    assert documents[0]["config"]["content"]["rootfs"] == documents[1]["config"]["content"]["rootfs"]
+    assert first.descriptor.digest != second.descriptor.digest
 
 
 @pytest.mark.parametrize("gone", ["manifest", "blob", "record"])

@@ -78,17 +78,46 @@ def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> N
         model.NYDUS_CACHE_VERSION: "v1"
     }
     assert convert("other:b", ConvertOptions()) == [True] * 3
-    assert len(cached()) == 3
+    assert len(cached()) == 4  # three layers, one image
     # Keyed by all parameters
     assert convert("small:c", ConvertOptions(fs_version=5)) == [False] * 3
-    assert len(cached()) == 6
+    assert len(cached()) == 8
     assert convert("small:d", ConvertOptions()) == [True] * 3
     assert convert("small:e", ConvertOptions(), "v2") == [False] * 3
-    assert len(cached()) == 3
+    assert len(cached()) == 4
     assert convert("small:f", ConvertOptions(batch_size=0x10000), "v2", most=4) == [False] * 3
     assert len(cached()) == 4
     with pytest.raises(NydusError, match="is not a build cache"):
         image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))
+
+
+@pytest.mark.parametrize("lost", [None, "bootstrap", "layer"])
+def test_a_build_cache_has_whole_images(
+    server: FaultyRegistry, source: str, tmp_path: Path, lost: str | None
+) -> None:
+    """Nothing is read and merged that the cache has as a whole, on whatever machine."""
+    from nydus.convert.cache import BuildCache
+
+    cache = place(f"{server.host}/cache:c")
+    first = image(place(source), place(f"{server.host}/small:n"), cache=BuildCache(cache))
+    records = load(cache.open(), "c")["layers"]
+    assert [record["mediaType"] for record in records] == [model.NYDUS_BLOB] * 3 + [model.OCI_LAYER_GZIP]
+    if lost:
+        gone = records[-1 if lost == "bootstrap" else 0]["digest"].partition(":")[2]
+        for path in (tmp_path / "registry").rglob(f"*{gone}*"):
+            path.unlink()
+    with FaultyRegistry(tmp_path / "other") as other:
+        server.seen.clear()
+        again = image(place(source), place(f"{other.host}/small:n"), cache=BuildCache(cache))
+        assert again.descriptor.digest == first.descriptor.digest
+        assert [layer.reused for layer in again.layers] == [lost != "layer", True, True]
+        manifest = load(place(f"{other.host}/small:n").open(), "n")
+        assert all(place(f"{other.host}/small:n").open().has_blob(it["digest"]) for it in manifest["layers"])
+    if lost is None:
+        asked = [path for path in server.paths("GET") if "/blobs/" in path]
+        # The source's config, and each blob once: no tables are read.
+        assert len(asked) == 1 + 4
+        assert not server.paths("PUT"), "the cache is written though nothing is new"
 
 
 def test_a_build_cache_with_everything_else(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
