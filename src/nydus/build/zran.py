@@ -51,6 +51,7 @@ def build_reference(
     options: BuildOptions,
     prefetch: Iterable[bytes] = (),
     where: str = "",
+    layer_id: str = "",
 ) -> LayerResult:
     """Index a tar or tar.gz layer: the blob holds tables only, its chunks are read out of the layer itself.
 
@@ -58,6 +59,7 @@ def build_reference(
         source: read to its end.
         sink: gets the bytes of the blob: chunk table, digests, bootstrap and contents as the options say.
         options: compression must be gzip and the digester sha256, the version 6.
+        layer_id: sha256 (hex) of the layer, if ``source`` checks that it is that; "" computes it.
 
     The blob in the tree has the sha256 of the layer as its id.
 
@@ -69,7 +71,8 @@ def build_reference(
 
     def count(piece: bytes) -> None:
         nonlocal size
-        digest.update(piece)
+        if not layer_id:
+            digest.update(piece)
         size += len(piece)
 
     pieces = tap(source, count)
@@ -93,7 +96,7 @@ def build_reference(
             builder.set_chunks(number, *index.add_file(entry.size))
         index.finish()
     info = index.info
-    info.id, info.compressed_size = digest.hexdigest(), size
+    info.id, info.compressed_size = layer_id or digest.hexdigest(), size
     chunks = index.chunk_map() if info.chunk_count else None
     result = seal_reference(builder, info, chunks, index.references, HashingSink(sink), options, prefetch)
     result.duplicates = index.duplicates

@@ -84,15 +84,20 @@ def assemble(
     from nydus.build.layer import prefetch_rows, write_bootstrap
     from nydus.build.merge import merge
 
-    tree = merge([blob.tree for blob in blobs], dictionary.tree if dictionary else None)
-    tree.prefetch = prefetch_rows(tree, options.prefetch)
+    used: list[str] = []  # digests of the blobs that are
+
+    def make() -> bytes:
+        tree = merge([blob.tree for blob in blobs], dictionary.tree if dictionary else None)
+        tree.prefetch = prefetch_rows(tree, options.prefetch)
+        used.extend(f"sha256:{blob.id}" for blob in tree.blobs)
+        return write_bootstrap(tree)
+
     metas = {blob.digest.removeprefix("sha256:"): blob.meta for blob in blobs if blob.meta}
-    packed, diff_id = bootstrap_layer(write_bootstrap(tree), metas)
+    packed, diff_id = bootstrap_layer(make, metas)
     bootstrap = put_bootstrap(writer, packed, readers)
     layers = _layers(blobs, encrypted=bool(readers))
     if dictionary is not None:
         own = {layer.digest for layer in layers}
-        used = [f"sha256:{blob.id}" for blob in tree.blobs]
         blobs_sink = backend.open_sink() if backend else writer
         for digest in used:
             if digest not in own and not dictionary.layer_of(digest) and not blobs_sink.has_blob(digest):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 
-from nydus.build.layer import BuildOptions, build_layer
+from nydus.build.layer import BuildOptions, LayerResult, build_layer
 from nydus.build.zran import build_reference
 from nydus.convert.backend import BackendPlace
 from nydus.convert.job import Converted, Job
@@ -86,7 +87,10 @@ def convert_layer(job: Job, report: Report) -> Converted:
 def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
     started = time.monotonic()
     where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
-    build = build_reference if job.options.oci_ref else build_layer
+    build: Callable[..., LayerResult] = build_layer
+    if job.options.oci_ref:
+        algorithm, _, layer_id = job.layer.digest.partition(":")
+        build = partial(build_reference, layer_id=layer_id if algorithm == "sha256" else "")
     stream = open_layer(source, job.layer, plain_http=plain_http(job.source))
     try:
         with sink.upload() as upload:
