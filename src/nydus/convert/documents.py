@@ -78,7 +78,7 @@ def _file(name: str, data: bytes) -> bytes:
 
 
 class _Packed:
-    """Part of a gzip member, its pieces deflated side by side: each knows the window before it, as pigz does it."""
+    """Part of a gzip member; its pieces are deflated side by side, each with the window before it."""
 
     def __init__(self, pool: ThreadPoolExecutor, data: bytes) -> None:
         self.data = data

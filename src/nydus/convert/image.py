@@ -124,7 +124,7 @@ def image(
 
     finished = [before(found) for found in images]
     pairs = list(zip(images, finished, strict=True))
-    layers, blobs = convert_layers(
+    with convert_layers(
         [found for found, known in pairs if known is None],
         [state for found, known in pairs if known for state in kept_layers(found, known.blobs)],
         source,
@@ -135,34 +135,34 @@ def image(
         chunks.tree if chunks else None,
         cache_source,
         fork=fork,
-    )
-    converted = time.monotonic()
-    progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
+    ) as (layers, blobs):
+        converted = time.monotonic()
+        progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
-    progress.note(f"pushing image {target}")
-    link_from = linkable_repository(source, target)
-    if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
-        copy_blobs(
-            reader,
-            writer,
-            [layer for found in images for layer in found.manifest.layers],
-            link_from,
-            Silent(),
-        )
-    parts = [
-        assemble_again(known)
-        if known
-        else assemble(
-            [blobs[layer.digest] for layer in found.manifest.layers],
-            writer,
-            options,
-            backend=backend,
-            dictionary=chunks,
-            target=target,
-            readers=readers,
-        )
-        for found, known in pairs
-    ]
+        progress.note(f"pushing image {target}")
+        link_from = linkable_repository(source, target)
+        if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
+            copy_blobs(
+                reader,
+                writer,
+                [layer for found in images for layer in found.manifest.layers],
+                link_from,
+                Silent(),
+            )
+        parts = [
+            assemble_again(known)
+            if known
+            else assemble(
+                [blobs[layer.digest] for layer in found.manifest.layers],
+                writer,
+                options,
+                backend=backend,
+                dictionary=chunks,
+                target=target,
+                readers=readers,
+            )
+            for found, known in pairs
+        ]
     manifests = [
         put_documents(found, part, source, writer, options) for found, part in zip(images, parts, strict=True)
     ]

@@ -63,8 +63,11 @@ _opened: dict[SourcePlace, Source] = {}
 _opened_sinks: dict[SinkPlace | BackendPlace, Sink] = {}
 
 
-def convert_layer(job: Job, report: Report) -> Converted:
+def convert_layer(job: Job, report: Report, built: Callable[[Converted], None]) -> None:
     """Converts one layer; a network failure makes it begin again.
+
+    Args:
+        built: called with the result as soon as it stands, while the last of the blob is still on its way.
 
     Raises:
         BackendError: the source cannot be read or the target not be written.
@@ -74,7 +77,7 @@ def convert_layer(job: Job, report: Report) -> Converted:
     sink = _opened_sinks.get(job.target) or _opened_sinks.setdefault(job.target, job.target.open_sink())
     for attempt in range(1, job.options.attempts + 1):
         try:
-            return _convert(job, source, sink, report)
+            return _convert(job, source, sink, report, built)
         except BackendError as error:
             if error.permanent or attempt == job.options.attempts:
                 raise BackendError(
@@ -84,7 +87,9 @@ def convert_layer(job: Job, report: Report) -> Converted:
     raise AssertionError("unreachable")
 
 
-def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
+def _convert(
+    job: Job, source: Source, sink: Sink, report: Report, built: Callable[[Converted], None]
+) -> None:
     started = time.monotonic()
     where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
     build: Callable[..., LayerResult] = build_layer
@@ -114,24 +119,24 @@ def _convert(job: Job, source: Source, sink: Sink, report: Report) -> Converted:
                 result.blob.rafs_digest = bytes.fromhex(result.blob_digest)
             elif job.options.recipients and result.blob:
                 result.blob.id = result.blob_digest
+            built(
+                Converted(
+                    digest,
+                    result.blob_size,
+                    result.tree,
+                    result.blob_meta if job.options.fs_version == 6 else b"",
+                    result.duplicates,
+                    time.monotonic() - started,
+                    hashlib.sha256(result.bootstrap).hexdigest(),
+                    result.toc_digest.hex() if result.toc_size else "",
+                    result.toc_size,
+                    reference=job.layer.digest if job.options.oci_ref else "",
+                )
+            )
             upload.commit(digest)
             counted.tell(final=True)
     finally:
         stream.close()
-    meta = result.blob_meta if job.options.fs_version == 6 else b""
-    seconds = time.monotonic() - started
-    return Converted(
-        digest,
-        result.blob_size,
-        result.tree,
-        meta,
-        result.duplicates,
-        seconds,
-        hashlib.sha256(result.bootstrap).hexdigest(),
-        result.toc_digest.hex() if result.toc_size else "",
-        result.toc_size,
-        reference=job.layer.digest if job.options.oci_ref else "",
-    )
 
 
 class _Counted:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, cast
 
 from nydus.convert.backend import BackendPlace, blobs_of
@@ -19,6 +19,7 @@ from nydus.oci.model import Descriptor
 from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace, Store
 
 if TYPE_CHECKING:
+    from nydus.convert.workers import Workers
     from nydus.rafs.model import Tree
 
 _AT_ONCE = 8
@@ -39,6 +40,7 @@ def repository_of(place: SinkPlace | SourcePlace | BackendPlace) -> str:
     return place.reference.name if isinstance(place, RegistryPlace) else ""
 
 
+@contextmanager
 def convert_layers(
     images: Sequence[Image],
     kept: Sequence[LayerProgress],
@@ -51,8 +53,8 @@ def convert_layers(
     cache: Source | None = None,
     *,
     fork: bool = False,
-) -> tuple[list[LayerProgress], dict[str, Converted]]:
-    """Has every distinct layer in the target.
+) -> Iterator[tuple[list[LayerProgress], dict[str, Converted]]]:
+    """Has every distinct layer in the target, once the context is left.
 
     Args:
         kept: layers of other images, with which nothing has to be done.
@@ -61,8 +63,8 @@ def convert_layers(
         cache: where the blobs of ``cached`` are.
         fork: see :class:`~nydus.convert.workers.Workers`.
 
-    Returns:
-        How each layer went, and the converted layers by digest of their source layer.
+    Yields:
+        How each layer goes, and the converted layers by digest of their source layer.
     """
     distinct: dict[str, tuple[int, Descriptor]] = {}
     for found in images:
@@ -79,15 +81,22 @@ def convert_layers(
 
     lock = threading.Lock()
 
-    def finish(digest: str, converted: Converted) -> None:
+    def built(digest: str, converted: Converted) -> None:
         with lock:
-            state = by_digest[digest]
+            blobs[digest] = converted
+
+    def stored(digest: str) -> None:
+        with lock:
+            state, converted = by_digest[digest], blobs[digest]
             state.state, state.downloaded, state.reused = "done", state.size, converted.reused
             state.built = state.uploaded = converted.size
-            blobs[digest] = converted
             if record is not None:
                 record.add(digest, known_of(converted, repository_of(target)))
             progress.changed(state)
+
+    def reuse(digest: str, converted: Converted) -> None:
+        built(digest, converted)
+        stored(digest)
 
     def advance(digest: str, read: int, built: int, sent: int) -> None:
         with lock:
@@ -95,26 +104,37 @@ def convert_layers(
             state.state, state.downloaded, state.built, state.uploaded = "working", read, built, sent
             progress.changed(state)
 
-    def convert(wanted: Collection[str], meanwhile: Callable[[], None] = lambda: None) -> None:
-        if not wanted:
-            return meanwhile()
-        from nydus.convert.workers import Workers
-
-        jobs = [Job(*distinct[digest], source, target, options, dictionary) for digest in wanted]
-        with Workers(options.workers, fork=fork) as workers, ThreadPoolExecutor(1, "reuse") as pool:
-            done = pool.submit(meanwhile)
-            workers.run(
-                jobs,
-                lambda n, *figures: advance(jobs[n].layer.digest, *figures),
-                lambda n, converted: finish(jobs[n].layer.digest, converted),
-            )
-            done.result()
+    def convert(workers: Workers, digests: Sequence[str]) -> None:
+        workers.run(
+            [Job(*distinct[digest], source, target, options, dictionary) for digest in digests],
+            lambda n, *figures: advance(digests[n], *figures),
+            lambda n, converted: built(digests[n], converted),
+            lambda n: stored(digests[n]),
+        )
 
     before = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
     known = {digest: layer for digest, layer in before.items() if layer}
-    convert(distinct.keys() - known, lambda: _take_over(known, target, cached, cache, finish))
-    convert(distinct.keys() - blobs)  # what is not there any more
-    return [*kept, *states], blobs
+    unknown = [digest for digest in distinct if digest not in known]
+    with ExitStack() as stack:
+        # Before there are threads.
+        workers = stack.enter_context(_workers(options, fork=fork)) if unknown else None
+        with ThreadPoolExecutor(1, "reuse") as pool:
+            taking = pool.submit(_take_over, known, target, cached, cache, reuse)
+            if workers:
+                convert(workers, unknown)
+            taking.result()
+        if lost := [digest for digest in distinct if digest not in blobs]:
+            workers = workers or stack.enter_context(_workers(options, fork=fork))
+            convert(workers, lost)
+        yield [*kept, *states], blobs
+        if workers:
+            workers.finish()
+
+
+def _workers(options: ConvertOptions, *, fork: bool) -> Workers:
+    from nydus.convert.workers import Workers
+
+    return Workers(options.workers, fork=fork)
 
 
 def _take_over(

@@ -36,7 +36,8 @@ _MOST = 8
 
 #: (index of the job, source bytes read, blob bytes built, blob bytes sent)
 OnProgress = Callable[[int, int, int, int], None]
-OnDone = Callable[[int, "Converted"], None]
+OnBuilt = Callable[[int, "Converted"], None]
+OnStored = Callable[[int], None]
 
 
 class Workers:
@@ -66,6 +67,11 @@ class Workers:
         self._status: int | None = None
         self._links = [ours for ours, _ in pairs]
         self._pipes: list[BufferedRWPair] = []
+        self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._jobs: Sequence[Job] = ()
+        self._waiting: list[int] = []  # jobs, the next one last
+        self._unbuilt: set[int] = set()
+        self._busy = 0
 
     def __enter__(self) -> Workers:
         return self
@@ -106,45 +112,65 @@ class Workers:
                 os.close(pidfd)
         return self._status
 
-    def run(self, jobs: Sequence[Job], progress: OnProgress, done: OnDone) -> None:
-        """Converts layers, the largest first. The callbacks are called in this thread.
+    def run(self, jobs: Sequence[Job], progress: OnProgress, built: OnBuilt, stored: OnStored) -> None:
+        """Converts layers, the largest first, until all are built; :meth:`finish` waits for the rest.
+
+        The callbacks are called in the thread that calls these two.
 
         Raises:
             NydusError: what the first layer that failed raised; the others are not waited for.
         """
-        order = sorted(range(len(jobs)), key=lambda index: -jobs[index].layer.size)
-        events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        waiting = list(reversed(order))
-        busy = 0
-
-        def give(pipe: BufferedRWPair) -> bool:
-            if not waiting:
-                return False
-            index = waiting.pop()
-            try:
-                _send(pipe, (index, jobs[index]))
-            except OSError:
-                events.put(("gone",))
-            return True
-
-        for link in self._links[: len(jobs)]:
+        self.finish()
+        self._jobs, self._callbacks = jobs, (progress, built, stored)
+        self._waiting = sorted(range(len(jobs)), key=lambda index: jobs[index].layer.size)
+        self._unbuilt = set(range(len(jobs)))
+        for link in self._links[len(self._pipes) : len(jobs)]:
             pipe = link.makefile("rwb")
             self._pipes.append(pipe)
-            threading.Thread(target=_listen, args=(pipe, events), name="convert-events", daemon=True).start()
-            busy += give(pipe)
-        while busy:
-            match events.get():
-                case ("progress", index, read, built, sent):
-                    progress(index, read, built, sent)
-                case ("done", index, converted, pipe):
-                    done(index, converted)
-                    busy += give(pipe) - 1
-                case ("failed", error):
-                    raise error
-                case ("gone",):
-                    code = self._reap() or 0
-                    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-                    raise NydusError(f"a conversion process was ended {how}; was there too little memory?")
+            threading.Thread(
+                target=_listen, args=(pipe, self._events), name="convert-events", daemon=True
+            ).start()
+        for pipe in self._pipes:
+            self._give(pipe)
+        while self._unbuilt:
+            self._next()
+
+    def finish(self) -> None:
+        """Waits until all layers are in the target.
+
+        Raises:
+            NydusError: see :meth:`run`.
+        """
+        while self._busy:
+            self._next()
+
+    def _give(self, pipe: BufferedRWPair) -> None:
+        if self._waiting:
+            index = self._waiting.pop()
+            self._busy += 1
+            try:
+                _send(pipe, (index, self._jobs[index]))
+            except OSError:
+                self._events.put(("gone",))
+
+    def _next(self) -> None:
+        progress, built, stored = self._callbacks
+        match self._events.get():
+            case ("progress", index, *figures):
+                progress(index, *figures)
+            case ("built", index, converted):  # again, if the end of the upload failed
+                built(index, converted)
+                self._unbuilt.discard(index)
+            case ("stored", index, pipe):
+                stored(index)
+                self._busy -= 1
+                self._give(pipe)
+            case ("failed", error):
+                raise error
+            case ("gone",):
+                code = self._reap() or 0
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+                raise NydusError(f"a conversion process was ended {how}; was there too little memory?")
 
 
 def _spawn_forker(links: Sequence[socket.socket]) -> int:
@@ -179,7 +205,7 @@ def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
 def _listen(pipe: BufferedRWPair, events: queue.SimpleQueue[tuple[Any, ...]]) -> None:
     try:
         while message := _receive(pipe):
-            events.put((*message, pipe) if message[0] == "done" else message)
+            events.put((*message, pipe) if message[0] == "stored" else message)
     except (OSError, ValueError, EOFError):
         pass
     events.put(("gone",))
@@ -286,8 +312,12 @@ def _work(pipe: BufferedRWPair) -> None:
         def report(read: int, built: int, sent: int, index: int = index) -> None:
             answer(("progress", index, read, built, sent))
 
+        def built(converted: Converted, index: int = index) -> None:
+            answer(("built", index, converted))
+
         try:
-            answer(("done", index, convert_layer(job, report)))
+            convert_layer(job, report, built)
+            answer(("stored", index))
         except NydusError as error:
             answer(("failed", error))
         except BrokenPipeError:
