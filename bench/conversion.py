@@ -78,6 +78,8 @@ def run(image: BenchImage, folder: Path, repeats: int, say: Callable[[str], None
     peak = Figure("conversion, largest process", "MB", other_name=copied)
     written = Figure("conversion, written to disk", "MB", other_name=copied)
     zran = Figure("conversion with --oci-ref", "s", other_name=copied, most_ratio=2)
+    zran_cpu = Figure("conversion with --oci-ref, CPU time", "s", other_name=copied)
+    zran_peak = Figure("conversion with --oci-ref, largest process", "MB", other_name=copied)
     first = "first conversion"
     same = Figure("conversion of the same image again", "s", other_name=first, least_ratio=10)
     cached = Figure("conversion again, by the build cache", "s", other_name=first, least_ratio=10)
@@ -98,22 +100,22 @@ def run(image: BenchImage, folder: Path, repeats: int, say: Callable[[str], None
             say(f"conversion {number + 1}/{repeats}")
             ours = convert("latest", f"target-{number}:n", "--no-reuse")
             index = convert("latest", f"zran-{number}:n", "--no-reuse", "--oci-ref")
-            zran.ours.append(index.wall)
-            if skopeo := shutil.which("skopeo"):
-                copy = folder / f"copy-{number}"
-                command = [
-                    skopeo,
-                    "copy",
-                    "--src-tls-verify=false",
-                    f"docker://{source}:latest",
-                    f"dir:{copy}",
-                ]
-                theirs = timed(command)
-                for figure, name in ((wall, "wall"), (cpu, "cpu"), (peak, "peak"), (written, "written")):
-                    figure.ours.append(getattr(ours, name))
+            skopeo, copy = shutil.which("skopeo"), folder / f"copy-{number}"
+            origin = ["--src-tls-verify=false", f"docker://{source}:latest", f"dir:{copy}"]
+            theirs = timed([skopeo, "copy", *origin]) if skopeo else None
+            for figure, cost, name in (
+                (wall, ours, "wall"),
+                (cpu, ours, "cpu"),
+                (peak, ours, "peak"),
+                (written, ours, "written"),
+                (zran, index, "wall"),
+                (zran_cpu, index, "cpu"),
+                (zran_peak, index, "peak"),
+            ):
+                figure.ours.append(getattr(cost, name))
+                if theirs:
                     figure.other.append(getattr(theirs, name))
-                zran.other.append(theirs.wall)
-                shutil.rmtree(copy)
+            shutil.rmtree(copy, ignore_errors=True)
             cache = ["--build-cache", f"{address}/bench/cache-{number}:c", "--no-reuse"]
             convert("latest", f"cached-{number}:n", *cache)
             convert("latest", f"again-{number}:n")
@@ -124,7 +126,7 @@ def run(image: BenchImage, folder: Path, repeats: int, say: Callable[[str], None
             ):
                 figure.ours.append(cost.wall)
                 figure.other.append(ours.wall)
-    return [wall, cpu, peak, written, zran, same, cached, top]
+    return [wall, cpu, peak, written, zran, zran_cpu, zran_peak, same, cached, top]
 
 
 def add_layer(repository: Repository, tag: str, new: str, data: bytes) -> None:

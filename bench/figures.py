@@ -111,8 +111,8 @@ def table(figures: Sequence[Figure], title: str) -> Table:
     return result
 
 
-def save(figures: Sequence[Figure], about: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write the JSON result and the plot; returns both paths."""
+def save(figures: Sequence[Figure], about: dict[str, Any], folder: Path, name: str) -> tuple[Path, Path]:
+    """Write the JSON result and the plot of one image; returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         **about,
@@ -127,7 +127,7 @@ def save(figures: Sequence[Figure], about: dict[str, Any], folder: Path) -> tupl
             for one in figures
         ],
     }
-    result, picture = folder / "result.json", folder / "result.png"
+    result, picture = folder / f"{name}.json", folder / f"{name}.png"
     result.write_text(json.dumps(document, indent=1) + "\n")
     plot([one for one in figures if one.other], picture)
     return result, picture

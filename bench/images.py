@@ -1,9 +1,10 @@
-"""The image to measure on: Debian packages where the tool for that is beside the checkout, or the demo's."""
+"""The images to measure on: Debian packages where the tool for that is beside the checkout, or the demo's."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from nydus.demo.image import build
 ROOT = Path(__file__).resolve().parents[1]
 MAKE_IMAGE = ROOT.parent / "shared" / "tools" / "make-image"
 CACHE = Path("/var/tmp/nydus-bench-images")
+#: The images made there, and the packages of each of their layers but the first, which is Debian.
+MADE = {
+    "python": ("python3 python3-pip python3-numpy",),
+    "wordpress": ("apache2 libapache2-mod-php php-mysql", "wordpress"),
+}
 PROGRAMS = {
     "echo": ("/bin/sh", "-c", "echo started"),
     "python3 json": ("python3", "-c", "import json; print('started', flush=True)"),
@@ -52,20 +58,21 @@ class BenchImage:
         return document
 
 
-def find(layout: Path | None, folder: Path) -> BenchImage:
-    """The image to use.
+def find(layouts: Sequence[Path], folder: Path) -> list[BenchImage]:
+    """The images to use; the first has python3 and numpy.
 
     Args:
-        layout: an OCI layout of the user's that has python3 and numpy; None for one of ours.
+        layouts: OCI layouts of the user's; none for ours.
         folder: where the demo's image is made if it is used.
     """
-    if layout is not None:
-        return BenchImage(layout.name, layout)
+    if layouts:
+        return [BenchImage(layout.name, layout) for layout in layouts]
     if not MAKE_IMAGE.exists():
-        return BenchImage("demo", build(folder / "image").layout)
-    if not (CACHE / "python" / "index.json").exists():
-        # In a mount namespace of its own: what it mounts cannot stay behind.
-        unshare = ["unshare", "--mount", "--propagation", "private"]
-        make = [str(MAKE_IMAGE), str(CACHE), "python", "python3 python3-pip python3-numpy"]
-        subprocess.run([*unshare, *make], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return BenchImage("python", CACHE / "python")
+        return [BenchImage("demo", build(folder / "image").layout)]
+    for name, packages in MADE.items():
+        if not (CACHE / name / "index.json").exists():
+            # In a mount namespace of its own: what it mounts cannot stay behind.
+            unshare = ["unshare", "--mount", "--propagation", "private"]
+            make = [*unshare, str(MAKE_IMAGE), str(CACHE), name, *packages]
+            subprocess.run(make, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return [BenchImage(name, CACHE / name) for name in MADE]
