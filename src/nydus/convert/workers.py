@@ -238,7 +238,8 @@ def main(numbers: Sequence[int]) -> None:
     Args:
         numbers: descriptors of sockets, one for each worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us in order
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the parent too, which ends us in order
+        signal.signal(number, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whatever prints must not disturb the output of the command
     # numpy's BLAS, which nothing here uses, would start threads.
