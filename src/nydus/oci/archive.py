@@ -6,18 +6,23 @@ import hashlib
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from nydus.errors import BackendError, FormatError
+from nydus.errors import BackendError, ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.layout import IMAGE_NAME, LAYOUT, REF_NAME, Layout, LayoutReader, blob_path
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import Reference
 
 _MAX_LINKS = 8
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_WRITTEN = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".tzst": "zstd"}
+_NOT_WRITTEN = (".bz2", ".tbz2", ".xz", ".txz", ".lz4", ".lzma", ".lzo", ".br", ".Z", ".zip")
 
 
 class TarFiles:
@@ -25,18 +30,19 @@ class TarFiles:
 
     Args:
         path: the archive. A compressed one is inflated into an unnamed file in ``TMPDIR`` first.
+        inflated: a file that has its contents already, see :func:`inflate`.
 
     Raises:
         FormatError: it is no tar archive, or is cut short.
         BackendError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], inflated: str | os.PathLike[str] | None = None) -> None:
         self.name = str(path)
         self._places: dict[str, tuple[int, int]] = {}
         self._added: dict[str, bytes] = {}
         try:
-            self._file: IO[bytes] = _inflated(path)
+            self._file: IO[bytes] = _opened(path, inflated)
             self._scan()
         except OSError as error:
             raise BackendError(f"{self.name}: {error.strerror or error}", permanent=True) from error
@@ -90,48 +96,79 @@ class TarFiles:
         return os.pread(self._file.fileno(), max(0, min(size, length - offset)), start + offset)
 
 
-def _inflated(path: str | os.PathLike[str]) -> IO[bytes]:
-    file = open(path, "rb")  # noqa: SIM115
-    head = file.read(4)
-    file.seek(0)
-    opened: Any
-    if head[:2] == b"\x1f\x8b":
-        from isal import igzip
-
-        opened = igzip.IGzipFile(fileobj=file, mode="rb")  # type: ignore[no-untyped-call]
-    elif head == b"\x28\xb5\x2f\xfd":
-        import zstandard
-
-        opened = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
-            file, read_across_frames=True
-        )
-    else:
-        return file
+def _opened(path: str | os.PathLike[str], inflated: str | os.PathLike[str] | None) -> IO[bytes]:
+    if inflated is not None or not is_compressed(path):
+        return open(inflated or path, "rb")
     plain = tempfile.TemporaryFile()  # noqa: SIM115
-    with file:
-        try:
-            while piece := opened.read(1 << 20):
-                plain.write(piece)
-        except OSError as error:
-            plain.close()
-            if error.errno is None:  # of the codec
-                raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error
-            what = f"cannot be unpacked in {tempfile.gettempdir()} (TMPDIR): {error.strerror}"
-            raise BackendError(f"{path}: {what}", permanent=True) from error
-        except Exception as error:  # each codec has its own
-            plain.close()
-            raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error
-    plain.seek(0)
+    try:
+        inflate(path, plain, f"{tempfile.gettempdir()} (TMPDIR)")
+    except BaseException:
+        plain.close()
+        raise
     return plain
 
 
-def open_archive(path: str | os.PathLike[str]) -> LayoutReader:
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether an archive is gzip or zstd.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head[:2] == _GZIP or head == _ZSTD
+
+
+def inflate(path: str | os.PathLike[str], plain: IO[bytes], where: str) -> None:
+    """Writes what a compressed archive holds into a file, which is then at its start.
+
+    Args:
+        where: that file is, in messages.
+
+    Raises:
+        FormatError: the archive is damaged.
+        BackendError: the disk is full.
+    """
+    opened: Any
+    with open(path, "rb") as file:
+        head = file.read(2)
+        file.seek(0)
+        if head == _GZIP:
+            from isal import igzip
+
+            opened = igzip.IGzipFile(fileobj=file, mode="rb")  # type: ignore[no-untyped-call]
+        else:
+            import zstandard
+
+            opened = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
+                file, read_across_frames=True
+            )
+        try:
+            while piece := opened.read(1 << 20):
+                plain.write(piece)
+            plain.flush()
+        except OSError as error:
+            if error.errno is None:  # of the codec
+                raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error
+            what = f"cannot be unpacked in {where}: {error.strerror}"
+            raise BackendError(f"{path}: {what}", permanent=True) from error
+        except Exception as error:  # each codec has its own
+            raise FormatError(f"damaged compressed archive: {error}", where=str(path)) from error
+    plain.seek(0)
+
+
+def open_archive(
+    path: str | os.PathLike[str], inflated: str | os.PathLike[str] | None = None
+) -> LayoutReader:
     """Opens an archive for reading; its manifests and blobs are read as those of a layout.
+
+    Args:
+        path, inflated: see :class:`TarFiles`.
 
     Raises:
         FormatError: neither an OCI layout nor a docker archive.
     """
-    files = TarFiles(path)
+    files = TarFiles(path, inflated)
     try:
         files.size("index.json")
     except KeyError:
@@ -201,6 +238,9 @@ def write_archive(layout: Layout, path: str | os.PathLike[str], reference: Refer
 
     A single image also gets docker's ``manifest.json``. The file appears only when it is complete.
 
+    Args:
+        path: its ending says whether it is compressed, see :func:`compression_of`.
+
     Raises:
         BackendError: it cannot be written.
     """
@@ -222,15 +262,49 @@ def write_archive(layout: Layout, path: str | os.PathLike[str], reference: Refer
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             aside = file.name
-            _pack(file, layout.root, extra)
+            with _compressed(file, compression_of(target)) as out:
+                _pack(out, layout.root, extra)
             file.flush()
             os.fsync(file.fileno())
         Path(aside).chmod(0o644)
         Path(aside).replace(target)
-    except OSError as error:
+    except BaseException as error:
         if aside:
             Path(aside).unlink(missing_ok=True)
-        raise BackendError(f"{target}: {error.strerror}", permanent=True) from error
+        if isinstance(error, OSError):
+            raise BackendError(f"{target}: {error.strerror or error}", permanent=True) from error
+        raise
+
+
+def compression_of(path: str | os.PathLike[str]) -> str:
+    """How an archive of this name is to be compressed: ``gzip``, ``zstd``, or "" for not at all.
+
+    Raises:
+        ConfigError: in a way in which we write none.
+    """
+    name = os.fspath(path)
+    if name.endswith(_NOT_WRITTEN):
+        raise ConfigError(f"{name}: archives are written as .tar, .tar.gz or .tar.zst")
+    return next((kind for ending, kind in _WRITTEN.items() if name.endswith(ending)), "")
+
+
+@contextmanager
+def _compressed(file: IO[bytes], kind: str) -> Iterator[IO[bytes]]:
+    """``file``, with a compressor before it. The same data give the same bytes."""
+    opened: Any
+    if kind == "gzip":
+        from isal import igzip
+
+        opened = igzip.IGzipFile(filename="", fileobj=file, mode="wb", mtime=0)  # type: ignore[no-untyped-call]
+    elif kind == "zstd":
+        import zstandard
+
+        opened = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
+    else:
+        yield file
+        return
+    with opened:
+        yield opened
 
 
 def _pack(file: IO[bytes], root: Path, extra: dict[str, bytes]) -> None:

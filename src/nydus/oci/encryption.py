@@ -1,7 +1,7 @@
-"""Encrypted layers as containerd, skopeo and buildah have them (ocicrypt): AES-256-CTR, wrapped keys as JWE.
+"""Encrypted layers as containerd, skopeo and buildah have them (ocicrypt): AES-256-CTR, with wrapped keys.
 
-The key of a layer is in an annotation, encrypted for each recipient. Of the ways that ocicrypt knows to do
-that there is JWE here, with RSA or elliptic-curve keys; not PKCS #7, PGP, PKCS #11 or key providers.
+The key of a layer is in annotations, encrypted for each recipient. Of the ways that ocicrypt knows to do that
+there are JWE, PKCS #7 and PGP here; not PKCS #11 or key providers.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import hmac
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from nydus.errors import ConfigError, FormatError
-from nydus.oci import model
+from nydus.oci import jwe, model, pgp, pkcs7
 
 if TYPE_CHECKING:
     from jwcrypto.jwk import JWK
@@ -27,10 +28,14 @@ T = TypeVar("T")
 ENCRYPTED = "+encrypted"
 _PREFIX = "org.opencontainers.image.enc."
 _KEYS = f"{_PREFIX}keys."
-_JWE = f"{_KEYS}jwe"
 _PUBLIC = f"{_PREFIX}pubopts"
 _CIPHER = "AES_256_CTR_HMAC_SHA256"
-_ALGORITHMS = ["RSA-OAEP", "RSA-OAEP-256", "ECDH-ES+A256KW", "A256GCM"]
+_FORMS = "jwe:<file of a public key>, pkcs7:<file of a certificate> or pgp:<name of a key of gpg>"
+_WRAP: dict[str, Callable[[bytes, Sequence[Any]], bytes]] = {
+    "jwe": jwe.wrap,
+    "pkcs7": pkcs7.wrap,
+    "pgp": pgp.wrap,
+}
 
 
 class _Public(msgspec.Struct):
@@ -49,39 +54,87 @@ class _Private(msgspec.Struct):
     cipheroptions: dict[str, bytes]
 
 
-def recipients(texts: Sequence[str]) -> list[JWK]:
-    """The public keys that ``jwe:FILE`` name: PEM, a certificate, or a JWK.
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """Who may read a layer; ``kind`` is how its key is wrapped, and says of what type ``key`` is."""
+
+    kind: str
+    key: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKey:
+    """What can unwrap keys of layers: a key for JWE and PKCS #7, or keys of PGP."""
+
+    key: JWK | pgp.SecretKeys
+
+    def unwrap(self, kind: str, packet: bytes) -> bytes | None:
+        """What was wrapped; None if it is for others.
+
+        Raises:
+            ConfigError: it is for this key, which cannot be used.
+        """
+        if isinstance(self.key, pgp.SecretKeys):
+            return self.key.unwrap(packet) if kind == "pgp" else None
+        if kind == "pkcs7" and self.key["kty"] == "RSA":
+            return pkcs7.unwrap(packet, self.key.get_op_key("decrypt"))
+        return jwe.unwrap(packet, self.key) if kind == "jwe" else None
+
+
+def recipients(texts: Sequence[str]) -> list[Recipient]:
+    """Those whom ``jwe:FILE`` (PEM, a certificate, or a JWK), ``pkcs7:FILE`` and ``pgp:NAME`` name.
 
     Raises:
-        ConfigError: another way than JWE, or the file is no such key.
+        ConfigError: another way, the file is no such key, or gpg does not have it.
     """
     found = []
     for text in texts:
-        kind, colon, path = text.partition(":")
-        if kind != "jwe" or not path:
-            known = f"{kind!r} cannot be used" if colon else f"{text!r} is not jwe:<file>"
-            raise ConfigError(f"recipient of an encrypted image: {known}; use jwe:<file of a public key>")
-        found.append(_load(path, None))
+        kind, colon, name = text.partition(":")
+        if kind not in _WRAP or not name:
+            known = f"{kind!r} cannot be used" if colon else f"{text!r} does not say how"
+            raise ConfigError(f"recipient of an encrypted image: {known}; use {_FORMS}")
+        key: Any
+        if kind == "pgp":
+            key = pgp.find(name)
+        else:
+            key = (jwe if kind == "jwe" else pkcs7).load(name, _read(name))
+        found.append(Recipient(kind, key))
     return found
 
 
-def private_keys(texts: Sequence[str]) -> list[JWK]:
-    """The private keys that ``FILE[:PASSWORD]``, ``FILE:pass=PASSWORD`` or ``FILE:file=FILE`` name.
+def private_keys(texts: Sequence[str]) -> list[PrivateKey]:
+    """The private keys that ``FILE`` or ``pgp:NAME`` name, with ``:PASSWORD``, ``:pass=PASSWORD`` or ``:file=FILE``.
+
+    A file is PEM, a JWK, or what gpg exports. Certificates, which ocicrypt needs beside a key, are left out.
 
     Raises:
-        ConfigError: a file is no such key, or the password is wrong.
+        ConfigError: a file is no such key, or the password is wrong; that of PGP keys is seen when they are used.
     """
     found = []
     for text in texts:
-        path, _, password = text.partition(":")
+        scheme, _, rest = text.partition(":")
+        if scheme in ("pkcs11", "provider"):
+            raise ConfigError(f"--decryption-key {scheme}: keys of that kind cannot be used")
+        path, _, password = (rest if scheme == "pgp" else text).partition(":")
         if password.startswith("file="):
             password = _read(password.removeprefix("file=")).decode(errors="replace").rstrip("\r\n")
         else:
             password = password.removeprefix("pass=")
-        key = _load(path, password.encode() or None)
-        if not key.has_private:
-            raise ConfigError(f"{path}: is a public key; a private one is needed to decrypt")
-        found.append(key)
+        secret = password.encode() or None
+        if scheme == "pgp":
+            pgp.find(path, secret=True)
+            found.append(PrivateKey(pgp.SecretKeys(f"pgp:{path}", None, secret)))
+            continue
+        data = _read(path)
+        if pgp.is_secret(data):
+            found.append(PrivateKey(pgp.SecretKeys(path, data, secret)))
+        elif b"-----BEGIN CERTIFICATE-----" not in data or b"PRIVATE KEY-----" in data:
+            key = jwe.load(path, data, secret)
+            if not key.has_private:
+                raise ConfigError(f"{path}: is a public key; a private one is needed to decrypt")
+            found.append(PrivateKey(key))
+    if texts and not found:
+        raise ConfigError(f"{texts[0]}: is a certificate; a private key is needed to decrypt")
     return found
 
 
@@ -92,55 +145,38 @@ def _read(path: str) -> bytes:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def _load(path: str, password: bytes | None) -> JWK:
-    from jwcrypto.common import JWException
-    from jwcrypto.jwk import JWK
+def encrypt(data: bytes, readers: Sequence[Recipient]) -> tuple[bytes, dict[str, str]]:
+    """Encrypts a layer for recipients; returns what is stored and the annotations of its descriptor.
 
-    data = _read(path)
-    try:
-        key = JWK.from_json(data) if data.lstrip().startswith(b"{") else JWK.from_pem(data, password)
-    except (JWException, ValueError, TypeError) as error:  # cryptography says TypeError of passwords
-        raise ConfigError(f"{path}: not a usable key: {error}") from None
-    if key["kty"] not in ("RSA", "EC"):
-        raise ConfigError(f"{path}: is a key of type {key['kty']}, not of RSA or an elliptic curve")
-    return key
-
-
-def encrypt(data: bytes, keys: Sequence[JWK]) -> tuple[bytes, dict[str, str]]:
-    """Encrypts a layer for recipients; returns what is stored and the annotations of its descriptor."""
-    from jwcrypto.jwe import JWE
-
+    Raises:
+        ConfigError: gpg does not do it.
+    """
     key, nonce = os.urandom(32), os.urandom(16)
     stored = _ctr(key, nonce, data)
     private = model.encode(_Private(key, model.digest(data), {"nonce": nonce}))
     public = model.encode(_Public(_CIPHER, hmac.digest(key, stored, "sha256")))
-    if len(keys) == 1:
-        token = JWE(private, {"enc": "A256GCM", "alg": _algorithm(keys[0])}, recipient=keys[0])
-    else:
-        token = JWE(private, {"enc": "A256GCM"})
-        for each in keys:
-            token.add_recipient(each, {"alg": _algorithm(each)})
-    wrapped = base64.b64encode(token.serialize().encode()).decode()
-    return stored, {_JWE: wrapped, _PUBLIC: base64.b64encode(public).decode()}
+    annotations = {_PUBLIC: base64.b64encode(public).decode()}
+    for kind, wrap in _WRAP.items():
+        if keys := [reader.key for reader in readers if reader.kind == kind]:
+            annotations[_KEYS + kind] = base64.b64encode(wrap(private, keys)).decode()
+    return stored, annotations
 
 
-def _algorithm(key: JWK) -> str:
-    return "RSA-OAEP" if key["kty"] == "RSA" else "ECDH-ES+A256KW"
-
-
-def decrypt(data: bytes, annotations: Mapping[str, str], keys: Sequence[JWK], where: str) -> bytes:
+def decrypt(data: bytes, annotations: Mapping[str, str], keys: Sequence[PrivateKey], where: str) -> bytes:
     """The plain bytes of an encrypted layer, verified.
 
     Raises:
-        ConfigError: none of the keys fits, or the layer is not encrypted for JWE.
+        ConfigError: none of the keys fits, or the layer is encrypted in a way that is not known here.
         FormatError: the annotations or the bytes are damaged.
     """
     if not keys:
         raise ConfigError(f"{where}: is encrypted, and no private key was given")
-    wrapped = [text for text in annotations.get(_JWE, "").split(",") if text]
+    wrapped = [
+        (kind, text) for kind in _WRAP for text in annotations.get(_KEYS + kind, "").split(",") if text
+    ]
     if not wrapped:
         kinds = ", ".join(key.removeprefix(_KEYS) for key in annotations if key.startswith(_KEYS))
-        raise ConfigError(f"{where}: is encrypted for {kinds or 'nobody'}; only jwe can be used")
+        raise ConfigError(f"{where}: is encrypted for {kinds or 'nobody'}; {', '.join(_WRAP)} can be used")
     public = _decode(_unpack(annotations.get(_PUBLIC, ""), where), _Public, where)
     if public.cipher != _CIPHER:
         raise FormatError("unknown cipher", where=where, expected=_CIPHER, found=public.cipher)
@@ -158,20 +194,13 @@ def decrypt(data: bytes, annotations: Mapping[str, str], keys: Sequence[JWK], wh
     return plain
 
 
-def _unwrap(wrapped: Sequence[str], keys: Sequence[JWK], where: str) -> _Private:
-    from jwcrypto.common import JWException
-    from jwcrypto.jwe import JWE
-
-    for text in wrapped:
-        data = _unpack(text, where)
+def _unwrap(wrapped: Sequence[tuple[str, str]], keys: Sequence[PrivateKey], where: str) -> _Private:
+    for kind, text in wrapped:
+        packet = _unpack(text, where)
         for key in keys:
-            try:
-                token = JWE(algs=_ALGORITHMS)
-                token.deserialize(data.decode())
-                token.decrypt(key)
-            except (JWException, ValueError, TypeError, KeyError):
-                continue  # for another recipient, as far as one can tell
-            return _decode(token.payload, _Private, where)
+            plain = key.unwrap(kind, packet)
+            if plain is not None:
+                return _decode(plain, _Private, where)
     raise ConfigError(f"{where}: is encrypted, and none of the {len(keys)} keys given fits")
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,6 +21,7 @@ from nydus.oci.reference import DIGEST
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
+_NAMES = (REF_NAME, IMAGE_NAME)
 #: How many images of an archive an error names.
 _TOLD = 20
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
@@ -128,21 +129,28 @@ class LayoutReader:
         if ":" in reference and reference.startswith(("sha256:", "sha512:")):
             data = self._document(reference, model.MAX_DOCUMENT)
             return Descriptor(media_type="", digest=reference, size=len(data)), data
-        entries = self.index().manifests
-        if reference:
-            names = (REF_NAME, IMAGE_NAME)
-            entries = tuple(e for e in entries if reference in (e.annotations.get(name) for name in names))
-        if len({entry.digest for entry in entries}) != 1:
-            every = [entry.annotations for entry in self.index().manifests]
-            called = [each.get(REF_NAME) or each.get(IMAGE_NAME) or "one without a name" for each in every]
-            what = f"no image {reference!r}" if reference else "which image? (PATH:NAME)"
-            there = f"it has {', '.join(sorted(called)[:_TOLD])}" if called else "it has none"
-            raise BackendError(f"{self}: {what}; {there}", permanent=True, status=404)
-        data = self._document(entries[0].digest, model.MAX_DOCUMENT)
-        if len(data) != entries[0].size:
-            message = f"{self}: {entries[0].digest}: expected {entries[0].size} bytes, found {len(data)}"
+        entry = self._entry(reference)
+        data = self._document(entry.digest, model.MAX_DOCUMENT)
+        if len(data) != entry.size:
+            message = f"{self}: {entry.digest}: expected {entry.size} bytes, found {len(data)}"
             raise BackendError(message, permanent=True)
-        return Descriptor(media_type=entries[0].media_type, digest=entries[0].digest, size=len(data)), data
+        return Descriptor(media_type=entry.media_type, digest=entry.digest, size=len(data)), data
+
+    def called(self, reference: str = "") -> str:
+        """The name of the image that :meth:`manifest` gives: a whole reference where one is told, or ""."""
+        annotations = self._entry(reference).annotations
+        return annotations.get(IMAGE_NAME) or annotations.get(REF_NAME) or ""
+
+    def _entry(self, reference: str) -> Descriptor:
+        every = self.index().manifests
+        entries = [e for e in every if not reference or reference in (e.annotations.get(n) for n in _NAMES)]
+        if len({entry.digest for entry in entries}) != 1:
+            names = [e.annotations.get(REF_NAME) or e.annotations.get(IMAGE_NAME) for e in every]
+            called = sorted(name or "one without a name" for name in names)
+            what = f"no image {reference!r}" if reference else "which image? (PATH:NAME)"
+            there = f"it has {', '.join(called[:_TOLD])}" if called else "it has none"
+            raise BackendError(f"{self}: {what}; {there}", permanent=True, status=404)
+        return entries[0]
 
     def document(self, descriptor: Descriptor) -> bytes:
         """A small blob whole (an image config), at most 8 MiB."""
@@ -194,10 +202,14 @@ class LayoutReader:
 
 
 class Layout(LayoutReader):
-    """An OCI layout directory that can be written too; made if missing. Thread- and process-safe."""
+    """An OCI layout directory that can be written too; made if missing. Thread- and process-safe.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    Args:
+        image: the whole reference of the image that is written; "" to note only the name it is stored under.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], image: str = "") -> None:
+        self.root, self._image = Path(root), image
         super().__init__(Directory(self.root))
 
     def create(self) -> Layout:
@@ -207,11 +219,14 @@ class Layout(LayoutReader):
             BackendError: it cannot be written.
         """
         try:
-            (self.root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             with self._changing():
-                if not (self.root / "index.json").exists():
+                if not (self.root / "oci-layout").exists():
                     self._replace("oci-layout", LAYOUT)
-                    self._write_index(())
+                if not (self.root / "index.json").exists():
+                    index = model.Index(schema_version=2, media_type=model.OCI_INDEX, manifests=())
+                    self._replace("index.json", model.encode(index))
+            (self.root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _disk(error, self.root) from error
         return self
@@ -219,6 +234,9 @@ class Layout(LayoutReader):
     def mount_blob(self, digest: str, source: str) -> bool:
         """There is nothing to link from."""
         return False
+
+    def probe(self) -> None:
+        """Nothing has to be asked: :meth:`create` has found out."""
 
     def upload(self) -> FileUpload:
         """Begins a blob whose digest is known only at its end."""
@@ -240,26 +258,32 @@ class Layout(LayoutReader):
         described = self.put_blob(data, media_type)
         if reference.startswith("sha256:"):
             return described
-        entry = msgspec.structs.replace(described, annotations={REF_NAME: reference, **(annotations or {})})
+        names = {REF_NAME: reference, **({IMAGE_NAME: self._image} if self._image else {})}
+        entry = msgspec.structs.replace(described, annotations={**names, **(annotations or {})})
         try:
             with self._changing():
-                others = (e for e in self.index().manifests if e.annotations.get(REF_NAME) != reference)
-                self._write_index((*others, entry))
+                self.index()  # says what is wrong with it
+                # The entries of other images may hold what we do not know.
+                index = msgspec.json.decode((self.root / "index.json").read_bytes())
+                others = (e for e in index["manifests"] if _ref_name(e) != reference)
+                index["manifests"] = [*others, msgspec.to_builtins(entry)]
+                self._replace("index.json", model.encode(index))
         except OSError as error:
             raise _disk(error, self.root) from error
         return described
 
-    def _write_index(self, entries: tuple[Descriptor, ...]) -> None:
-        index = model.Index(schema_version=2, media_type=model.OCI_INDEX, manifests=entries)
-        self._replace("index.json", model.encode(index))
-
     def _replace(self, name: str, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=self.root, prefix=".", delete=False) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(self.root / name)
+            aside = Path(file.name)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                aside.chmod(0o644)
+                aside.replace(self.root / name)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -322,6 +346,11 @@ class FileUpload:
     def cancel(self) -> None:
         self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
+
+
+def _ref_name(entry: dict[str, Any]) -> str | None:
+    name: str | None = (entry.get("annotations") or {}).get(REF_NAME)
+    return name
 
 
 def blob_path(digest: str) -> str:

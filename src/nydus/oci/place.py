@@ -68,6 +68,8 @@ class Sink(Protocol):
 
     def mount_blob(self, digest: str, source: str) -> bool: ...
 
+    def probe(self) -> None: ...
+
     def upload(self) -> Writer: ...
 
     def put_blob(self, data: bytes, media_type: str, **more: object) -> Descriptor: ...
@@ -131,11 +133,15 @@ class RegistryPlace:
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlace:
-    """An image in an OCI layout directory; ``name`` is what it is called in messages and annotations."""
+    """An image in an OCI layout directory; ``name`` is what it is called in messages and annotations.
+
+    ``image`` is the whole reference that the layout gets to know when the image is written.
+    """
 
     path: Path
     target: str = ""
     name: str = ""
+    image: str = ""
 
     def open(self) -> Source:
         from nydus.oci.layout import Layout
@@ -145,7 +151,7 @@ class LayoutPlace:
     def open_sink(self) -> Store:
         from nydus.oci.layout import Layout
 
-        return Layout(self.path).create()
+        return Layout(self.path, self.image).create()
 
     def __str__(self) -> str:
         return self.name or str(self.path)
@@ -155,17 +161,19 @@ class LayoutPlace:
 class ArchivePlace:
     """The image of an archive, for reading.
 
-    ``name`` is what the image is called in messages and annotations; the path if it has none.
+    ``name`` is what the image is called in messages and annotations; the path if it has none. ``inflated``
+    is a file with the contents of a compressed archive, which is otherwise inflated for each reader.
     """
 
     path: Path
     target: str = ""
     name: str = ""
+    inflated: Path | None = None
 
     def open(self) -> Source:
         from nydus.oci.archive import open_archive
 
-        return open_archive(self.path)
+        return open_archive(self.path, self.inflated)
 
     def __str__(self) -> str:
         return self.name or str(self.path)

@@ -24,9 +24,9 @@ import urllib3
 from nydus.errors import BackendError
 from nydus.oci import model
 from nydus.oci.auth import Credentials
-from nydus.oci.connections import interrupted
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import DIGEST
+from nydus.oci.retry import wait_to_retry
 from nydus.oci.transport import REDIRECTS, Policy, Transport, content_length
 from nydus.oci.upload import Upload
 
@@ -429,6 +429,14 @@ class Repository:
                 upload.commit(described.digest)
         return described
 
+    def probe(self) -> None:
+        """Finds out whether blobs can be stored here: begins an upload, and drops it.
+
+        Raises:
+            BackendError: they cannot be.
+        """
+        self.abandon(self.upload().begin())
+
     def abandon(self, location: str) -> None:
         """Tells the registry that an upload will not be finished; does not matter if it fails."""
         with contextlib.suppress(BackendError):
@@ -502,9 +510,10 @@ class BlobStream(io.RawIOBase):
                 if self._position - self._forgiven >= _PROGRESS:
                     self._failures, self._forgiven = 0, self._position
                 self._failures += 1
-                if error.permanent or self._failures >= transport.policy.attempts:
-                    raise
-                if interrupted.wait(transport.policy.pause * 2 ** (self._failures - 1)):
+                policy, tried = transport.policy, self._failures
+                if not wait_to_retry(
+                    error, tried, policy.attempts, policy.delay(tried), patience=policy.total
+                ):
                     raise
         self._hash.update(piece)
         self._position += len(piece)

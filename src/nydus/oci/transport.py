@@ -28,12 +28,19 @@ from nydus import __version__
 from nydus.errors import BackendError
 from nydus.oci.auth import Authorizer, Credentials, error_words, parse_challenges, shown
 from nydus.oci.connections import interrupted, watch
+from nydus.oci.retry import PATIENCE, wait_to_retry
 
 T = TypeVar("T")
 Body = bytes | IO[bytes] | Iterable[bytes] | None
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOO_MANY = frozenset({408, 429, 500, 502, 503, 504})
+#: What to try.
+_HINTS = {
+    401: "log in with `docker login`, or check the repository name",
+    403: "this account may not do that: log in with another (`docker login`), or check the repository name",
+    429: "too many requests: log in with `docker login` if that raises the limit, or try again later",
+}
 _ERROR_BODY = 64 << 10
 #: Seconds for what is still to be said by a command that was interrupted.
 _LAST_WAIT = 2.0
@@ -52,21 +59,20 @@ class Policy:
         connect_timeout: for a connection, TLS included.
         read_timeout: between two pieces of an answer.
         attempts: how often an operation is tried at most.
-        pause: before the second attempt; doubles each time, and the registry's Retry-After goes before it.
+        pause: before the second attempt; doubles each time. A registry may ask for more (Retry-After).
         total: of one operation with all of its attempts (the time to stream a whole blob does not count).
+            Also the most that a registry may ask to be left alone for.
     """
 
     connect_timeout: float = 5.0
     read_timeout: float = 15.0
     attempts: int = 4
     pause: float = 0.2
-    total: float = 60.0
+    total: float = PATIENCE
 
-
-class _Busy(BackendError):
-    """A failure with the time after which the registry wants to be asked again."""
-
-    retry_after: float = 0.0
+    def delay(self, tried: int) -> float:
+        """Seconds to wait after so many attempts; not the same for all, so that they do not come at once."""
+        return self.pause * 2 ** (tried - 1) * random.uniform(0.75, 1.25)
 
 
 class Transport:
@@ -267,13 +273,10 @@ class Transport:
             try:
                 return operation()
             except BackendError as error:
-                if error.permanent or tried == self.policy.attempts or interrupted.is_set():
-                    raise
-                asked = error.retry_after if isinstance(error, _Busy) else 0.0
-                pause = asked or self.policy.pause * 2 ** (tried - 1) * random.uniform(0.75, 1.25)
-                if time.monotonic() + pause > deadline:
-                    raise
-                if interrupted.wait(pause):
+                pause, left = self.policy.delay(tried), deadline - time.monotonic()
+                if pause > left or not wait_to_retry(
+                    error, tried, self.policy.attempts, pause, patience=left
+                ):
                     raise
         raise AssertionError("unreachable")
 
@@ -336,15 +339,14 @@ class Transport:
         status = response.status
         parts = urlsplit(shown(url))
         words = error_words(body) or response.reason or ""
-        hint = ""
-        if status == 401:
-            hint = "; log in with `docker login`, or check the repository name"
-        message = f"{parts.netloc}: {method} {_shorten(parts.path)}: {status} {words}{hint}".rstrip()
-        if status in _TOO_MANY:
-            busy = _Busy(message, status=status)
-            busy.retry_after = _retry_after(response.headers.get("Retry-After", ""))
-            return busy
-        return BackendError(message, permanent=400 <= status < 500 or status < 300, status=status)
+        wait = _retry_after(response.headers.get("Retry-After", "")) if status in _TOO_MANY else 0.0
+        message = f"{parts.netloc}: {method} {_shorten(parts.path)}: {status} {words}".rstrip()
+        if hint := _HINTS.get(status, ""):
+            message += f"; {hint}"
+        if wait > self.policy.total:
+            message += f"; it asks to be left alone for {wait:.0f} s"
+        permanent = status not in _TOO_MANY and (400 <= status < 500 or status < 300)
+        return BackendError(message, permanent=permanent, status=status, retry_after=wait)
 
     def failure(self, error: Exception, url: str) -> BackendError:
         """The error for a request without an answer."""

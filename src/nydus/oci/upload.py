@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nydus.errors import BackendError
-from nydus.oci.connections import interrupted
+from nydus.oci.retry import wait_to_retry
 
 if TYPE_CHECKING:
     import urllib3
@@ -91,7 +91,7 @@ class Upload:
         self._held.append(bytes(data))
         self._size += len(data)
         if self._sender is None and self._size > self._whole:
-            self._location = self._begin()
+            self._location = self.begin()
             self._sender = threading.Thread(target=self._send, name="upload", daemon=True)
             self._sender.start()
         if self._sender is not None:
@@ -105,7 +105,7 @@ class Upload:
         """
         if self._sender is None:
             body = b"".join(self._held)
-            self._transport.attempt(lambda: self._put(self._begin(), digest, body))
+            self._transport.attempt(lambda: self._put(self.begin(), digest, body))
         else:
             self._hand_over(0)
             self._offer(None)
@@ -127,7 +127,9 @@ class Upload:
         if self._location:
             self._repository.abandon(self._location)
 
-    def _begin(self) -> str:
+    def begin(self) -> str:
+        """Asks the registry for an upload; returns its address. The other methods do so when they need it."""
+
         def post() -> str:
             path = f"{self._repository.path}/blobs/uploads/"
             headers = {"Content-Length": "0"}
@@ -207,9 +209,9 @@ class Upload:
                 failures = 1 if self._taken - before > _WHOLE else failures + 1
                 before = self._taken
                 policy = self._transport.policy
-                if self._cancelled or error.permanent or failures >= policy.attempts:
-                    raise
-                if interrupted.wait(policy.pause * 2 ** (failures - 1)):
+                if self._cancelled or not wait_to_retry(
+                    error, failures, policy.attempts, policy.delay(failures), patience=policy.total
+                ):
                     raise
                 try:
                     self._send_chunk(b"".join(self._kept), self._taken - self._kept_size, failed=True)
