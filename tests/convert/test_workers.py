@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from faulty import FaultyHandler, FaultyRegistry, is_blob
@@ -55,6 +58,13 @@ def held(server: FaultyRegistry, source: str) -> Iterator[threading.Event]:
     over.set()
 
 
+def check_all_end(killed: list[int]) -> None:
+    end = time.monotonic() + 10
+    while any(map(lives, killed)):
+        assert time.monotonic() < end, "a process was left behind"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("victim", ["worker", "forker"])
 def test_a_killed_process_is_an_error_that_says_so(
     server: FaultyRegistry, source: str, held: threading.Event, victim: str
@@ -75,8 +85,25 @@ def test_a_killed_process_is_an_error_that_says_so(
     killer.join()
     assert len(killed) == 3
     assert set(children(os.getpid())) == before
-    end = time.monotonic() + 10
-    while any(map(lives, killed)):
-        assert time.monotonic() < end, "a process was left behind"
-        time.sleep(0.01)
+    check_all_end(killed)
+    assert not any(path.startswith("/v2/small/manifests") for path in server.paths("PUT"))
+
+
+@pytest.mark.parametrize("victim", ["worker", "forker"])
+def test_so_is_one_that_the_command_forked(
+    server: FaultyRegistry, source: str, held: threading.Event, tmp_path: Path, victim: str
+) -> None:
+    nydusify = Path(sys.executable).with_name("nydusify")
+    command = [nydusify, "convert", "--source", source, "--target", f"{server.host}/small:n", "--plain-http"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert held.wait(20)
+        (forker,) = children(process.pid)
+        killed = [forker, *children(forker)]
+        os.kill(killed[1 if victim == "worker" else 0], signal.SIGKILL)
+        assert process.stderr
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 1
+    assert "process was ended by SIGKILL; was there too little memory" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    check_all_end(killed)
     assert not any(path.startswith("/v2/small/manifests") for path in server.paths("PUT"))
