@@ -45,12 +45,15 @@ class ConfigError(NydusError):
 class BackendError(NydusError):
     """Bytes could not be fetched from, or stored in, a registry or another backend.
 
-    ``permanent`` errors (401, 403, 404, wrong digest) are not worth a retry; the others are.
+    ``permanent`` errors (401, 403, 404, wrong digest) are not worth a retry; the others are, but not before
+    ``retry_after`` seconds have passed.
     """
 
-    def __init__(self, message: str, *, permanent: bool = False, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, permanent: bool = False, status: int | None = None, retry_after: float = 0.0
+    ) -> None:
         super().__init__(message)
-        self.permanent, self.status = permanent, status
+        self.permanent, self.status, self.retry_after = permanent, status, retry_after
 
 
 class MountError(NydusError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from nydus.cli.logs import Log, human
@@ -19,10 +20,33 @@ _LINE_SECONDS = 5.0
 
 @contextmanager
 def progress_for(log: Log) -> Iterator[Progress]:
-    """What shows the course of a conversion on the terminal of ``log``, or writes it to the log."""
-    if not (log.terminal and log.enabled("info")):
-        yield Lines(log)
-        return
+    """What shows the course of a conversion on the terminal of ``log``, or writes it to the log.
+
+    Warnings of the library go to ``log`` meanwhile.
+    """
+    handler = _Warnings(log)
+    library = logging.getLogger("nydus")
+    library.addHandler(handler)
+    try:
+        with _bars(log) if log.terminal and log.enabled("info") else nullcontext(Lines(log)) as progress:
+            yield progress
+    finally:
+        library.removeHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    """Writes what the library warns of to the log of the command."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.warning(record.getMessage())
+
+
+@contextmanager
+def _bars(log: Log) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as RichProgress

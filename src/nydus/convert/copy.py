@@ -16,6 +16,7 @@ from nydus.errors import BackendError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Platform
 from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace
+from nydus.oci.retry import wait_to_retry
 
 _PIECE = 1 << 20
 _AT_ONCE = 4
@@ -155,7 +156,7 @@ def copy_blob(
                 _send(reader, writer, state, progress, stopped)
                 break
             except BackendError as error:
-                if error.permanent or attempt == _ATTEMPTS or stopped.wait(_PAUSE * attempt):
+                if not wait_to_retry(error, attempt, _ATTEMPTS, _PAUSE * attempt, stopped=stopped):
                     raise
         sent = state.size
     state.state, state.downloaded, state.built, state.uploaded = "done", state.size, state.size, sent

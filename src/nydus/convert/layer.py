@@ -15,6 +15,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.errors import BackendError, FormatError
 from nydus.oci.foreign import open_layer, plain_http
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace, Stream, Writer
+from nydus.oci.retry import wait_to_retry
 from nydus.rafs.model import Compression, Digester, SuperFlag, Tree
 
 _COMPRESSIONS = {"none": Compression.NONE, "lz4_block": Compression.LZ4_BLOCK, "zstd": Compression.ZSTD}
@@ -79,11 +80,10 @@ def convert_layer(job: Job, report: Report, built: Callable[[Converted], None]) 
         try:
             return _convert(job, source, sink, report, built)
         except BackendError as error:
-            if error.permanent or attempt == job.options.attempts:
+            if not wait_to_retry(error, attempt, job.options.attempts, job.options.retry_delay):
                 raise BackendError(
                     f"layer {job.number}: {error}", permanent=error.permanent, status=error.status
                 ) from error
-            time.sleep(job.options.retry_delay)
     raise AssertionError("unreachable")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import pickle
 import queue
@@ -28,6 +29,8 @@ from nydus.mount import syscalls
 
 if TYPE_CHECKING:
     from nydus.convert.job import Converted, Job
+
+log = logging.getLogger(__name__)
 
 _FRAME = struct.Struct("<Q")
 _PATIENCE = 5.0
@@ -167,6 +170,8 @@ class Workers:
                 self._give(pipe)
             case ("failed", error):
                 raise error
+            case ("warned", text):
+                log.warning("%s", text)
             case ("gone",):
                 code = self._reap() or 0
                 how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
@@ -189,11 +194,16 @@ def _spawn_forker(links: Sequence[socket.socket]) -> int:
 def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
     import nydus.convert.layer  # noqa: F401  for both: the layers are merged here
 
-    if pid := os.fork():
-        return pid
+    # Until the handlers of this process are replaced in the other.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     try:
+        if pid := os.fork():
+            return pid
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
         for ours, _ in pairs:
             ours.close()
         main([theirs.detach() for _, theirs in pairs])
@@ -298,6 +308,19 @@ def _fork(link: socket.socket, links: Sequence[socket.socket]) -> int:
         os._exit(status)
 
 
+class _Forward(logging.Handler):
+    """Hands warnings to the parent, which knows where they are to be shown."""
+
+    def __init__(self, answer: Callable[[object], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._answer = answer
+        self.layer = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self._answer(("warned", f"layer {self.layer}: {record.getMessage()}"))
+
+
 def _work(pipe: BufferedRWPair) -> None:
     from nydus.convert.layer import convert_layer
 
@@ -307,8 +330,12 @@ def _work(pipe: BufferedRWPair) -> None:
         with lock:
             _send(pipe, message)
 
+    forward = _Forward(answer)
+    logging.getLogger("nydus").handlers[:] = [forward]
+
     while (received := _receive(pipe)) is not None:
         index, job = received
+        forward.layer = job.number
 
         def report(read: int, built: int, sent: int, index: int = index) -> None:
             answer(("progress", index, read, built, sent))

@@ -72,7 +72,7 @@ class Policy:
 
     def delay(self, tried: int) -> float:
         """Seconds to wait after so many attempts; not the same for all, so that they do not come at once."""
-        return self.pause * 2 ** (tried - 1) * random.uniform(0.75, 1.25)
+        return self.pause * 2.0 ** (tried - 1) * random.uniform(0.75, 1.25)
 
 
 class Transport:
