@@ -26,8 +26,7 @@ from nydus.oci.model import Platform
 from nydus.oci.place import Source, SourcePlace
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
-
+    from nydus.oci.encryption import PrivateKey
     from nydus.rafs.model import Tree
 
 #: Bytes of one request, which for an object store is one round trip.
@@ -114,7 +113,7 @@ def check(
     mounted: Mounted | None = None,
     target_blobs: BackendPlace | None = None,
     source_blobs: BackendPlace | None = None,
-    keys: Sequence[JWK] = (),
+    keys: Sequence[PrivateKey] = (),
 ) -> Report:
     """Checks a Nydus image, and that it is the same as another image.
 
@@ -225,7 +224,7 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(folder / "nydus_bootstrap")
 
 
-def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[JWK]) -> None:
+def _dump(side: Side, folder: Path, progress: Progress, keys: Sequence[PrivateKey]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, found in (("oci", side.oci), ("nydus", side.nydus)):
         if found is None:

@@ -23,7 +23,7 @@ from nydus.oci.model import Descriptor, Manifest
 from nydus.oci.place import Sink, Source
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
+    from nydus.oci.encryption import PrivateKey, Recipient
 
 #: Where the bootstrap lies in its layer; the snapshotter finds it there.
 BOOTSTRAP = "image/image.boot"
@@ -107,7 +107,7 @@ def _header(name: str, kind: bytes, mode: int, size: int) -> bytes:
     return bytes(header)
 
 
-def put_bootstrap(writer: Sink, packed: bytes, readers: Sequence[JWK] = ()) -> Descriptor:
+def put_bootstrap(writer: Sink, packed: bytes, readers: Sequence[Recipient] = ()) -> Descriptor:
     """Stores a bootstrap layer, encrypted if it is for some readers only."""
     if not readers:
         return writer.put_blob(packed, model.OCI_LAYER_GZIP)
@@ -116,7 +116,7 @@ def put_bootstrap(writer: Sink, packed: bytes, readers: Sequence[JWK] = ()) -> D
 
 
 def read_bootstrap_layer(
-    source: Source, layer: Descriptor, where: str, keys: Sequence[JWK] = ()
+    source: Source, layer: Descriptor, where: str, keys: Sequence[PrivateKey] = ()
 ) -> tuple[dict[str, bytes], str]:
     """Fetches the last layer of a Nydus image; see :func:`unpack_bootstrap_layer`.
 

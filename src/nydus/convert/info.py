@@ -13,7 +13,7 @@ from nydus.oci.encryption import ENCRYPTED
 from nydus.oci.place import Source
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
+    from nydus.oci.encryption import PrivateKey
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Info:
     builder: str = ""
 
 
-def describe(found: Image, reader: Source, reference: str, keys: Sequence[JWK] = ()) -> Info:
+def describe(found: Image, reader: Source, reference: str, keys: Sequence[PrivateKey] = ()) -> Info:
     """Looks at one image; of a Nydus image reads the bootstrap, never a blob.
 
     Raises:
@@ -97,7 +97,7 @@ def _role(layer: model.Descriptor) -> str:
     return "blob" if model.NYDUS_BLOB_ANNOTATION in layer.annotations else "layer"
 
 
-def _read_bootstrap(info: Info, found: Image, reader: Source, keys: Sequence[JWK]) -> None:
+def _read_bootstrap(info: Info, found: Image, reader: Source, keys: Sequence[PrivateKey]) -> None:
     import numpy as np
 
     from nydus import rafs

@@ -24,8 +24,7 @@ from nydus.oci.place import Sink, Source, SourcePlace
 from nydus.storage.backend import MeteredBackend
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
-
+    from nydus.oci.encryption import PrivateKey
     from nydus.rafs.model import Tree
 
 #: Of the bootstrap layer: id of the blob with what is read first; digests of the blobs that commits added.
@@ -134,7 +133,7 @@ def open_nydus(
     platform: Platform | None = None,
     *,
     exact: bool = True,
-    keys: Sequence[JWK] = (),
+    keys: Sequence[PrivateKey] = (),
 ) -> Opened:
     """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
 
@@ -156,7 +155,7 @@ def open_each(
     platforms: Sequence[Platform] | None,
     *,
     exact: bool = True,
-    keys: Sequence[JWK] = (),
+    keys: Sequence[PrivateKey] = (),
 ) -> list[Opened]:
     """The same for several platforms, or with None for all that there are."""
     source = place.open()
@@ -167,7 +166,7 @@ def open_each(
     return [_open(place, source, image, keys) for image in found]
 
 
-def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[JWK]) -> Opened:
+def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[PrivateKey]) -> Opened:
     from nydus import rafs
 
     layer = found.manifest.layers[-1]

@@ -93,22 +93,19 @@ def recipients(texts: Sequence[str]) -> list[Recipient]:
         if kind not in _WRAP or not name:
             known = f"{kind!r} cannot be used" if colon else f"{text!r} does not say how"
             raise ConfigError(f"recipient of an encrypted image: {known}; use {_FORMS}")
-        key: Any
-        if kind == "pgp":
-            key = pgp.find(name)
-        else:
-            key = (jwe if kind == "jwe" else pkcs7).load(name, _read(name))
-        found.append(Recipient(kind, key))
+        load = jwe.load if kind == "jwe" else pkcs7.load
+        found.append(Recipient(kind, pgp.find(name) if kind == "pgp" else load(name, _read(name))))
     return found
 
 
 def private_keys(texts: Sequence[str]) -> list[PrivateKey]:
-    """The private keys that ``FILE`` or ``pgp:NAME`` name, with ``:PASSWORD``, ``:pass=PASSWORD`` or ``:file=FILE``.
+    """The private keys that ``FILE`` or ``pgp:NAME`` name.
 
-    A file is PEM, a JWK, or what gpg exports. Certificates, which ocicrypt needs beside a key, are left out.
+    Behind it may be ``:file=FILE`` with the password, ``:pass=PASSWORD`` or ``:PASSWORD``. A file is PEM, a
+    JWK, or what gpg exports. Certificates, which ocicrypt needs beside a key, are left out.
 
     Raises:
-        ConfigError: a file is no such key, or the password is wrong; that of PGP keys is seen when they are used.
+        ConfigError: a file is no such key, or the password is wrong (of PGP keys: when they are used).
     """
     found = []
     for text in texts:

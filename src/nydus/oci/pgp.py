@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from nydus.errors import ConfigError
 
 #: What a binary file of private keys begins with: a packet of tag 5, old or new form.
-_SECRET = (0x94, 0x95, 0x96, 0x97, 0xC5)
+_SECRET = (b"\x94", b"\x95", b"\x96", b"\x97", b"\xc5")
 _ARMOR = b"-----BEGIN PGP PRIVATE KEY BLOCK-----"
 _MOST = 64 << 10  # of a wrapped key; compressed messages can be made to inflate to anything
 _USER = re.compile(r"(?P<name>.*?)\s*(?:\([^()]*\)\s*)?(?:<(?P<address>[^<>]*)>)?")
@@ -24,7 +24,7 @@ _COMMON = ("--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "2")
 
 def is_secret(data: bytes) -> bool:
     """Whether a file holds private keys as gpg exports them."""
-    return data[:1] != b"" and data[0] in _SECRET or data.lstrip().startswith(_ARMOR)
+    return data[:1] in _SECRET or data.lstrip().startswith(_ARMOR)
 
 
 def find(name: str, *, secret: bool = False) -> str:
@@ -43,12 +43,10 @@ def find(name: str, *, secret: bool = False) -> str:
     found: dict[str, bool] = {}  # fingerprint -> whether it can be used
     usable, fingerprint = False, ""
     for line in listed.stdout.decode(errors="replace").splitlines():
-        kind, *fields = line.split(":")
-        if len(fields) < 11:
-            continue
+        kind, *fields = f"{line}::::::::::::".split(":")
         if kind in ("pub", "sec"):
             # A capital is what the whole key can be used for today.
-            usable, fingerprint = secret or "E" in fields[10] and fields[0] not in "idre", ""
+            usable, fingerprint = secret or ("E" in fields[10] and fields[0] not in "idre"), ""
         elif kind == "fpr" and not fingerprint:
             fingerprint = fields[8]
             digits = name.upper().removeprefix("0X")

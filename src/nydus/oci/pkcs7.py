@@ -11,13 +11,11 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
-_SEQUENCE, _SET, _OBJECT, _OCTETS = 0x30, 0x31, 0x06, 0x04
-_PARTS, _WHOLE = 0xA0, 0x80  # [0] of DER, constructed and primitive
+_SEQUENCE, _OBJECT, _PARTS = 0x30, 0x06, 0xA0  # tags of DER; the last is [0], constructed
 _ENVELOPED = bytes.fromhex("2a864886f70d010703")
 _RSA = bytes.fromhex("2a864886f70d010101")  # with the padding of PKCS #1 v1.5
 _AES = bytes.fromhex("6086480165030401")  # and one more byte:
 _CBC, _GCM = {2: 16, 42: 32}, {6: 16, 46: 32}  # -> length of the key
-_TAG = 16
 
 
 def load(path: str, data: bytes) -> Certificate:
@@ -53,7 +51,8 @@ def wrap(data: bytes, certificates: Sequence[Certificate]) -> bytes:
 def unwrap(packet: bytes, key: RSAPrivateKey) -> bytes | None:
     """What was wrapped; None if it is not for this key, or not in a known form.
 
-    Neither ``cryptography`` nor OpenSSL reads AES-GCM in enveloped data, which is what ocicrypt writes.
+    Neither ``cryptography`` nor OpenSSL reads AES-GCM in enveloped data, which is what ocicrypt writes, hence
+    this reader.
     """
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
@@ -92,7 +91,9 @@ def _decrypt(algorithm: bytes, parameters: bytes, key: bytes, data: bytes) -> by
 
     mode = algorithm[-1] if algorithm[:-1] == _AES else 0
     if len(key) == _GCM.get(mode):
-        (_, nonce), *_ = _values(parameters)
+        (tag, nonce), *_ = _values(parameters)
+        if tag == _SEQUENCE:  # Go's library puts the parameters into one too many
+            (_, nonce), *_ = _values(nonce)
         return AESGCM(key).decrypt(nonce, data, None)
     if len(key) == _CBC.get(mode):
         context, padding = (
