@@ -23,6 +23,7 @@ from nydus.convert.image import Result
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
+from nydus.convert.target import require_target
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Manifest
@@ -88,8 +89,9 @@ def convert_artifact(
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
     progress.note(f"converting image {source}")
-    packed = _bootstrap(manifest.layers, sizes, reader, str(source), options)
     writer = target.open_sink()
+    require_target(writer, target)
+    packed = _bootstrap(manifest.layers, sizes, reader, str(source), options)
     blobs = list({blob.digest: blob for blob in (*manifest.layers, manifest.config)}.values())
     copy_blobs(reader, writer, blobs, linkable_repository(source, target), progress)
     converted = time.monotonic()

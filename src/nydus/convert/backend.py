@@ -138,6 +138,10 @@ class BlobSink:
     def mount_blob(self, digest: str, source: str) -> bool:
         return False
 
+    def probe(self) -> None:
+        """Asks for a blob that is not there; the store must be reachable and answer that."""
+        self.has_blob(f"sha256:{bytes(32).hex()}")
+
     def upload(self) -> Writer:
         return self._store.upload(replace=self._force)
 
