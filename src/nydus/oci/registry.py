@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, urlencode, urlsplit
@@ -24,9 +22,9 @@ import urllib3
 from nydus.errors import BackendError
 from nydus.oci import model
 from nydus.oci.auth import Credentials
+from nydus.oci.blobstream import BlobStream
 from nydus.oci.model import Descriptor
 from nydus.oci.reference import DIGEST
-from nydus.oci.retry import wait_to_retry
 from nydus.oci.transport import REDIRECTS, Policy, Transport, content_length
 from nydus.oci.upload import Upload
 
@@ -35,10 +33,6 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 _MAX_HOPS = 5
 _MAX_LOCATIONS = 4096
 _MANIFEST_TIMEOUT = 60.0
-#: A blob stream that broke off is resumed; this much progress forgives the earlier failures.
-_PROGRESS = 1 << 20
-#: A MiB of a stream may take this many times as long as a single answer.
-_SLOWEST = 8
 
 
 class _Referring(msgspec.Struct, rename="camel"):
@@ -65,6 +59,8 @@ class Registry:
         headers: sent along with every request to the registry itself.
         redirect_scheme, redirect_host: put in place of these parts of the addresses blobs are redirected to.
         push_chunk_size: bytes of one request of an upload; 0 streams (see :class:`~nydus.oci.upload.Upload`).
+        root: path of the API.
+        namespace: the registry that this one stands for, told it with every question; "" for none.
     """
 
     def __init__(
@@ -82,12 +78,15 @@ class Registry:
         redirect_scheme: str = "",
         redirect_host: str = "",
         push_chunk_size: int = 0,
+        root: str = "/v2",
+        namespace: str = "",
     ) -> None:
         if isinstance(credentials, tuple):
             credentials = Credentials(*credentials)
         self.host = host
         self.redirect_scheme, self.redirect_host = redirect_scheme, redirect_host
         self.push_chunk_size = push_chunk_size
+        self.root, self.namespace = root, namespace
         self.transport = Transport(
             host,
             plain_http=plain_http,
@@ -122,9 +121,12 @@ class Repository:
     def __init__(self, registry: Registry, name: str) -> None:
         self.registry, self.name = registry, name
         self.transport = registry.transport
-        self.pull = f"repository:{name}:pull"
-        self.push = f"repository:{name}:pull,push"
-        self.path = f"/v2/{name}"
+        # Below /v2 there may be the name of a project, which a token server then knows the repository by.
+        scope = f"{registry.root}/{name}".removeprefix("/v2/") if registry.root.startswith("/v2/") else name
+        self.pull = f"repository:{scope}:pull"
+        self.push = f"repository:{scope}:pull,push"
+        self.path = f"{registry.root}/{name}"
+        self._query = f"?{urlencode({'ns': registry.namespace})}" if registry.namespace else ""
         self._locations: dict[str, str] = {}
 
     def __str__(self) -> str:
@@ -145,7 +147,7 @@ class Repository:
         where = f"{self}{'@' if ':' in reference else ':'}{reference}"
         response = self.transport.request(
             "GET",
-            f"{self.path}/manifests/{quote(reference, safe=':')}",
+            f"{self.path}/manifests/{quote(reference, safe=':')}{self._query}",
             self.pull,
             {"Accept": _ACCEPT},
             ok=(200,),
@@ -165,7 +167,7 @@ class Repository:
         """Whether a manifest exists."""
 
         def ask() -> bool:
-            path = f"{self.path}/manifests/{quote(reference, safe=':')}"
+            path = f"{self.path}/manifests/{quote(reference, safe=':')}{self._query}"
             response = self.transport.request("HEAD", path, self.pull, {"Accept": _ACCEPT}, ok=(200, 404))
             self.transport.discard(response)
             return response.status == 200
@@ -230,7 +232,7 @@ class Repository:
         """What has a manifest as its subject: the referrers API, else the fallback tag, else nothing."""
 
         def ask() -> bytes | None:
-            path = f"{self.path}/referrers/{digest}"
+            path = f"{self.path}/referrers/{digest}{self._query}"
             response = self.transport.request(
                 "GET", path, self.pull, {"Accept": model.OCI_INDEX}, ok=(200, 404)
             )
@@ -361,7 +363,7 @@ class Repository:
             # A signed address has expired, most likely: ask the registry for a new one.
             transport.discard(response)
             self._locations.pop(key, None)
-        url = f"{transport.base}{self.path}/blobs/{digest}"
+        url = f"{transport.base}{self.path}/blobs/{digest}{self._query}"
         response = transport.request(method, url, self.pull, headers, ok={*ok, *REDIRECTS})
         for _ in range(_MAX_HOPS):
             if response.status not in REDIRECTS:
@@ -441,110 +443,6 @@ class Repository:
         """Tells the registry that an upload will not be finished; does not matter if it fails."""
         with contextlib.suppress(BackendError):
             self.transport.discard(self.transport.request("DELETE", location, self.push, ok=range(200, 600)))
-
-
-class BlobStream(io.RawIOBase):
-    """A blob read from its start to its end, checked at the end.
-
-    ``read(n)`` gives exactly n bytes until the end is near. A connection that breaks is made again there.
-
-    Raises:
-        BackendError: permanent if digest or size are wrong.
-    """
-
-    def __init__(self, repository: Repository, digest: str, size: int | None) -> None:
-        super().__init__()
-        self._repository, self._digest, self._size = repository, digest, size
-        self._hash = hashlib.new("sha512" if digest.startswith("sha512:") else "sha256")
-        self._position = 0
-        self._ended = False
-        self._failures, self._forgiven = 0, 0
-        self._response: urllib3.BaseHTTPResponse | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def position(self) -> int:
-        """Bytes read so far."""
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(-1)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            return b"".join(iter(lambda: self.read(1 << 20), b""))
-        pieces: list[bytes] = []
-        with self._lock:
-            while size and not self._ended:
-                piece = self._next(size)
-                pieces.append(piece)
-                size -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _next(self, size: int) -> bytes:
-        transport = self._repository.transport
-        while True:
-            try:
-                if self._response is None:
-                    self._response = self._repository.open_range(self._digest, self._position, None)
-                patience = _SLOWEST * transport.policy.read_timeout
-                piece = transport.read(self._response, min(size, _PROGRESS), time.monotonic() + patience)
-                if not piece and self._size is not None and self._position < self._size:
-                    where = f"{self._repository}: {self._digest}"
-                    what = f"truncated: {self._position} of {self._size} bytes"
-                    # Without a length the end may as well have been a broken connection.
-                    told = "Content-Length" in self._response.headers
-                    raise BackendError(f"{where}: {what}", permanent=told)
-                break
-            except BackendError as error:
-                self._drop()
-                if self._position - self._forgiven >= _PROGRESS:
-                    self._failures, self._forgiven = 0, self._position
-                self._failures += 1
-                policy, tried = transport.policy, self._failures
-                if not wait_to_retry(
-                    error, tried, policy.attempts, policy.delay(tried), patience=policy.total
-                ):
-                    raise
-        self._hash.update(piece)
-        self._position += len(piece)
-        if self._size is not None and self._position > self._size:
-            self._drop()
-            raise BackendError(
-                f"{self._repository}: {self._digest} is larger than {self._size} bytes", permanent=True
-            )
-        if not piece:
-            self._finish()
-        return piece
-
-    def _finish(self) -> None:
-        self._ended = True
-        if self._response is not None:
-            self._response.release_conn()
-            self._response = None
-        found = f"{self._digest.partition(':')[0]}:{self._hash.hexdigest()}"
-        if found != self._digest:
-            raise BackendError(
-                f"{self._repository}: corrupted blob: expected {self._digest}, found {found}", permanent=True
-            )
-
-    def _drop(self) -> None:
-        if self._response is not None:
-            self._response.close()
-            self._response = None
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
 
 
 def _digest_of(data: bytes, like: str) -> str:
