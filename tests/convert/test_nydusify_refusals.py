@@ -42,7 +42,7 @@ def test_an_archive_that_cannot_be_written(
             where = ["--target", f"file://{path}"]
         return one_fatal_line(nydusify(command, "--source", source, "--plain-http", *where))
 
-    assert "is a folder; name a file" in run(tmp_path)
+    assert "is a folder that is no OCI layout" in run(tmp_path)
     assert "its folder does not exist" in run(tmp_path / "none/x.tar")
     assert "cannot be written: " in run(Path("/proc/self/x.tar"))
     assert not server.seen

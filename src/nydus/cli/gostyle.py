@@ -81,8 +81,8 @@ def normalise(command: click.Command, args: Sequence[str]) -> list[str]:
     return found
 
 
-def option(*names: str, env: str = "", help: str = "", **more: Any) -> Callable[[Any], Any]:
-    """A click option with the environment variable that the reference has for it."""
+def option(*names: str, env: str | Sequence[str] = "", help: str = "", **more: Any) -> Callable[[Any], Any]:
+    """A click option with the environment variables that the reference has for it; the first counts."""
     return click.option(*names, envvar=env or None, show_envvar=bool(env), help=help, **more)
 
 
@@ -116,8 +116,9 @@ def tell_environment(ctx: click.Context, log: Log) -> None:
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
         if source is click.core.ParameterSource.ENVIRONMENT:
-            name = parameter.opts[0]
-            log.warning(f"{name} is taken from the environment variable {parameter.envvar}")
+            names = [parameter.envvar] if isinstance(parameter.envvar, str) else parameter.envvar or ()
+            name = next((name for name in names if os.environ.get(name)), "")
+            log.warning(f"{parameter.opts[0]} is taken from the environment variable {name}")
 
 
 def given(ctx: click.Context, name: str) -> bool:

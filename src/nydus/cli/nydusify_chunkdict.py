@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import click
 
 from nydus.cli.gostyle import GoCommand, GoGroup, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE
+from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError, NydusError
 
 
@@ -23,9 +26,10 @@ def chunkdict() -> None:
     env="SOURCES",
     multiple=True,
     required=True,
-    help="References of Nydus images, separated by commas or given repeatedly.",
+    help="Nydus images, separated by commas or given repeatedly. " + SOURCE,
 )
-@option("--target", env="TARGET", help="Push the dictionary as an image; without it, only write files.")
+@option("--target", env="TARGET", help="Without a target, only files are written. " + TARGET)
+@option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
@@ -47,10 +51,10 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
     do not store them again. The images must have been built with the same version and chunk size.
     """
     from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.convert.chunkdict import generate as run
-    from nydus.oci.place import registry_place
-    from nydus.oci.reference import parse
+    from nydus.oci.place import SinkPlace
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -59,18 +63,33 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
     plain = values["plain_http"]
     names = [name.strip() for text in values["sources"] for name in text.split(",") if name.strip()]
     sources = [
-        source_place(name, None, plain_http=plain, insecure=values["source_insecure"], option="sources")
+        source_place(
+            name,
+            None,
+            plain_http=plain,
+            insecure=values["source_insecure"],
+            option="sources",
+            work_dir=values["work_dir"],
+        )
         for name in names
     ]
-    target = None
-    if values["target"]:
-        target = registry_place(parse(values["target"]), plain_http=plain, insecure=values["target_insecure"])
     work_dir = Path(values["work_dir"])
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NydusError(f"--work-dir {work_dir}: {error.strerror}") from error
-    with progress_for(log) as progress:
+    sink: AbstractContextManager[SinkPlace | None] = nullcontext()
+    if values["target"] or values["target_archive"]:
+        sink = target_place(
+            values["target"],
+            values["target_archive"],
+            None,
+            folder=work_dir,
+            plain_http=plain,
+            insecure=values["target_insecure"],
+        )
+    with progress_for(log) as progress, sink as target:
+        where = str(target or "")
         made = run(
             sources, target, platforms(values["platform"], values["all_platforms"]), work_dir, progress
         )
@@ -91,8 +110,8 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
             "blobs": len(made.blobs),
             "stored": made.stored,
             "needed": made.needed,
-            "target": str(target or ""),
+            "target": where,
             "digest": made.descriptor.digest if made.descriptor else "",
         },
-        **({"target": target, "digest": made.descriptor.digest} if made.descriptor else {}),
+        **({"target": where, "digest": made.descriptor.digest} if made.descriptor else {}),
     )

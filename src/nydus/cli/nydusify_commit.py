@@ -9,6 +9,7 @@ import click
 
 from nydus.cli.gostyle import GoCommand, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=GoCommand, short_help="Make an image of a running container.")
 @option("--container", env="CONTAINER", required=True, help="Id of the container, or the beginning of it.")
-@option("--target", env="TARGET", required=True, help="Reference to push the new image to.")
+@option("--target", env="TARGET", help=TARGET)
+@option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option(
     "--containerd-address",
-    env="CONTAINERD_ADDR",
+    env=("CONTAINERD_ADDRESS", "CONTAINERD_ADDR"),
     default="/run/containerd/containerd.sock",
     type=click.Path(path_type=Path),
     help="containerd's socket. [/run/containerd/containerd.sock]",
@@ -51,27 +53,34 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     machine and run a Nydus image.
     """
     from nydus.cli.nydusify_places import work_dir
+    from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.containerd.containers import Containers
     from nydus.convert.changes import parse_selection
     from nydus.convert.commit import commit as run
     from nydus.oci.place import registry_place
-    from nydus.oci.reference import parse
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
     if values["maximum_times"] < 1:
         raise ConfigError("--maximum-times must be at least 1")
     selection = parse_selection(values["with_path"])
-    target = registry_place(
-        parse(values["target"]), plain_http=values["plain_http"], insecure=values["target_insecure"]
-    )
     with Containers(values["containerd_address"], values["namespace"]) as containers:
         container = containers.find(values["container"])
         base = registry_place(
             _image_of(container), plain_http=values["plain_http"], insecure=values["source_insecure"]
         )
-        with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
+        sink = target_place(
+            values["target"],
+            values["target_archive"],
+            base,
+            folder=Path(values["work_dir"]),
+            plain_http=values["plain_http"],
+            insecure=values["target_insecure"],
+            containerd=values["containerd_address"],
+        )
+        with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress, sink as target:
+            where = str(target)
             made = run(
                 containers,
                 container,
@@ -88,7 +97,7 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
         f"committed container {container.id[:12]}, which was held still for {made.paused:.2f} s",
         {
             "container": container.id,
-            "target": str(target),
+            "target": where,
             "digest": made.descriptor.digest,
             "layers": [
                 {"holds": what, "digest": digest, "size": size, "known_chunks": known}
@@ -97,7 +106,7 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
             "commits": made.commits,
             "paused_seconds": made.paused,
         },
-        target=target,
+        target=where,
         digest=made.descriptor.digest,
     )
 

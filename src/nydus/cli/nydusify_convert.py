@@ -24,10 +24,13 @@ from nydus.cli.gostyle import (
     tell_unused,
 )
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.convert.image import Result
+    from nydus.oci.reference import Reference
 
 #: What says how a Nydus image is made.
 _OF_NYDUS = (
@@ -47,13 +50,11 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 
 
 @click.command(cls=GoCommand, short_help="Convert an image to a Nydus image.")
-@option("--source", env="SOURCE", required=True, help="Reference, or containerd://NAMESPACE/REFERENCE.")
-@option("--target", env="TARGET", help="Reference to push the Nydus image to.")
+@option("--source", env="SOURCE", help=SOURCE)
+@option("--target", env="TARGET", help=TARGET)
 @option("--target-suffix", env="TARGET_SUFFIX", help="Push to the source reference with this appended.")
-@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help="Read this tar file or OCI layout.")
-@option(
-    "--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help="Write this tar file; push nothing."
-)
+@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help=SOURCE_ARCHIVE)
+@option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
@@ -124,7 +125,9 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 def convert(ctx: click.Context, /, **given_options: Any) -> None:
     """Convert an image to a Nydus image.
 
-    Layers stream from the source to the target while they are converted; nothing is stored on this machine.
+    Layers stream from the source to the target while they are converted; none is stored here on its way. What
+    has to be put together first is in the work folder until then: an archive or image of containerd that is
+    written, what a compressed archive holds, and blobs that --reverse verifies.
     """
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -136,24 +139,32 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 
 
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
-    from nydus.cli.nydusify_places import archive_place, new_archive, platforms, source_registry
+    from nydus.cli.nydusify_places import image_name, platforms, source_place, work_dir
+    from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
-    from nydus.containerd.store import SCHEME, containerd_place
     from nydus.convert.image import image
     from nydus.convert.options import ConvertOptions
     from nydus.convert.reuse import default_folder
     from nydus.oci.encryption import private_keys
-    from nydus.oci.place import SinkPlace, SourcePlace, registry_place
-    from nydus.oci.reference import parse
+    from nydus.oci.place import RegistryPlace
 
     kind = values["source_backend_type"]
     if kind not in (None, "model-artifact"):
         raise ConfigError(
             f"--source-backend-type {kind!r} cannot be used; there is model-artifact, for what modctl pushed"
         )
-    stored = containerd_place(values["source"]) if values["source"].startswith(SCHEME) else None
-    reference = parse(stored.name if stored else values["source"])
-    target = _target(values, reference)
+    folder = Path(values["work_dir"])
+    source = source_place(
+        values["source"],
+        values["source_archive"],
+        plain_http=values["plain_http"],
+        insecure=values["source_insecure"],
+        option="source",
+        work_dir=values["work_dir"],
+    )
+    if not isinstance(source, RegistryPlace) and not source.name:
+        source = replace(source, name=str(image_name(source)))
+    target = _target(values, image_name(source))
     if given(ctx, "nydus_image"):
         log.warning("--nydus-image is not used: the builder is built in")
     for unused, names, why in (
@@ -164,22 +175,13 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
         (not values["chunk_dict"], ("chunk_dict_insecure",), "without --chunk-dict"),
         (not values["backend_type"], ("backend_force_push",), "without --backend-type"),
-        (values["source_archive"] or stored, _OF_SOURCE, "on a source that is not in a registry"),
-        (values["target_archive"], _OF_TARGET, "with --target-archive"),
+        (not isinstance(source, RegistryPlace), _OF_SOURCE, "on a source that is not in a registry"),
+        (values["target_archive"] or "://" in target, _OF_TARGET, "on a target that is not in a registry"),
     ):
         if unused:
             tell_unused(ctx, log, names, why)
     if values["docker_v2_format"]:
         log.warning("--docker-v2-format is deprecated")
-    source: SourcePlace
-    if values["source_archive"]:
-        source = archive_place(values["source_archive"], str(reference))
-    elif stored:
-        source = stored
-    else:
-        source = source_registry(
-            reference, plain_http=values["plain_http"], insecure=values["source_insecure"]
-        )
     options = ConvertOptions(
         fs_version=number(values["fs_version"]),
         compressor=values["compressor"],
@@ -199,20 +201,17 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     chosen = platforms(values["platform"], values["all_platforms"])
 
     keys = private_keys(values["decryption_key"])
-    sink: AbstractContextManager[SinkPlace]
-    if values["target_archive"]:
-        archive = Path(values["target_archive"])
-        sink = new_archive(archive, target, Path(values["work_dir"]), "--target-archive")
-    else:
-        sink = nullcontext(
-            registry_place(
-                target,
-                plain_http=values["plain_http"],
-                insecure=values["target_insecure"],
-                push_chunk_size=byte_size(values["push_chunk_size"]),
-            )
-        )
+    sink = target_place(
+        target,
+        values["target_archive"],
+        source,
+        folder=folder,
+        plain_http=values["plain_http"],
+        insecure=values["target_insecure"],
+        push_chunk_size=byte_size(values["push_chunk_size"]),
+    )
     with progress_for(log) as progress, sink as place:
+        where = str(place)
         if kind:
             from nydus.convert.artifact import convert_artifact
 
@@ -221,13 +220,13 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         elif values["reverse"]:
             from nydus.convert.reverse import reverse
 
-            with _blobs(values) as blobs:
-                result = reverse(source, place, options, progress, chosen, blobs, keys)
+            with _blobs(values) as blobs, work_dir(folder) as base:
+                result = reverse(source, place, options, progress, chosen, blobs, keys, work_dir=base)
         else:
             cache, backend = _build_cache(values, target), _backend(values)
             chunks = _dictionary(values)
             result = image(source, place, options, progress, chosen, cache, backend, chunks, fork=True)
-    _tell(log, result, values["target_archive"] or str(target))
+    _tell(log, result, where)
     if output:
         figures = {
             "SourceImageSize": result.source_size,
@@ -298,8 +297,8 @@ def _dictionary(values: dict[str, Any]) -> Any:
     return registry_place(reference, plain_http=values["plain_http"], insecure=values["chunk_dict_insecure"])
 
 
-def _build_cache(values: dict[str, Any], target: Any) -> Any:
-    """The build cache that the options name, or None."""
+def _build_cache(values: dict[str, Any], target: str) -> Any:
+    """The build cache that the options name, or None; a mere tag is one of the target's repository."""
     from nydus.convert.cache import BuildCache
     from nydus.oci.place import registry_place
     from nydus.oci.reference import parse
@@ -311,7 +310,9 @@ def _build_cache(values: dict[str, Any], target: Any) -> Any:
     if not 1 <= values["build_cache_max_records"] <= 200:
         raise ConfigError("--build-cache-max-records must be from 1 to 200")
     tag = values["build_cache_tag"]
-    reference = target.with_tag(tag) if tag else parse(values["build_cache"])
+    if tag and (not target or "://" in target):
+        raise ConfigError("--build-cache-tag needs a --target in a registry; use --build-cache")
+    reference = parse(target).with_tag(tag) if tag else parse(values["build_cache"])
     if reference.digest:
         raise ConfigError("--build-cache must be a tag, not a digest")
     insecure = values["build_cache_insecure"] or (bool(tag) and values["target_insecure"])
@@ -319,19 +320,18 @@ def _build_cache(values: dict[str, Any], target: Any) -> Any:
     return BuildCache(place, values["build_cache_version"], values["build_cache_max_records"])
 
 
-def _target(values: dict[str, Any], source: Any) -> Any:
-    from nydus.oci.reference import parse
-
-    if bool(values["target"]) == bool(values["target_suffix"]):
-        raise ConfigError("exactly one of --target and --target-suffix is needed")
-    if values["target"]:
-        target = parse(values["target"])
-        if target.digest:
-            raise ConfigError(f"--target {target}: must be a tag, not a digest")
-        return target
-    if source.digest:
-        raise ConfigError(f"--target-suffix cannot be used with a digest: {source}")
-    return replace(source.with_tag(source.tag + values["target_suffix"]))
+def _target(values: dict[str, Any], source: Reference) -> str:
+    """What ``--target`` and ``--target-suffix`` say; "" where an archive keeps the name of the source."""
+    target: str = values["target"] or ""
+    if values["target_suffix"]:
+        if target:
+            raise ConfigError("exactly one of --target and --target-suffix is needed")
+        if source.digest:
+            raise ConfigError(f"--target-suffix cannot be used with a digest: {source}")
+        return str(source.with_tag(source.tag + values["target_suffix"]))
+    if not target and not values["target_archive"]:
+        raise ConfigError("exactly one of --target and --target-suffix is needed (or --target-archive)")
+    return target
 
 
 def _prefetch(values: dict[str, Any]) -> tuple[bytes, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import click
 
 from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
 
 
@@ -17,15 +18,11 @@ from nydus.errors import ConfigError
 @option(
     "--source",
     env="SOURCE",
-    required=True,
-    help="Reference, file://<archive or layout folder>, or containerd://NAMESPACE/REFERENCE.",
+    help=SOURCE,
 )
-@option(
-    "--target",
-    env="TARGET",
-    required=True,
-    help="Reference, file://<archive>, or containerd://NAMESPACE/REFERENCE.",
-)
+@option("--target", env="TARGET", help=TARGET)
+@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help=SOURCE_ARCHIVE)
+@option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
@@ -49,21 +46,16 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     """
     from nydus.cli.nydusify_places import (
         backend_config,
-        new_archive,
         one_platform,
         platforms,
         source_place,
-        work_dir,
     )
+    from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
-    from nydus.containerd.store import SCHEME, containerd_place, write_image
     from nydus.convert.backend import backend_place
     from nydus.convert.copy import Copied
     from nydus.convert.copy import copy as copy_image
     from nydus.convert.gather import gather
-    from nydus.oci.layout import Layout
-    from nydus.oci.place import LayoutPlace, SinkPlace, registry_place
-    from nydus.oci.reference import Reference, parse
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -75,46 +67,43 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     )
     plain, chosen = values["plain_http"], platforms(values["platform"], values["all_platforms"])
     source = source_place(
-        values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
+        values["source"],
+        values["source_archive"],
+        plain_http=plain,
+        insecure=values["source_insecure"],
+        option="source",
+        work_dir=values["work_dir"],
     )
     blobs = backend_place(*backend) if backend else None
     if blobs and values["all_platforms"]:
         raise ConfigError("--all-platforms cannot be used with a storage backend")
 
-    def run(target: SinkPlace) -> Copied:
+    sink = target_place(
+        values["target"],
+        values["target_archive"],
+        source,
+        folder=Path(values["work_dir"]),
+        plain_http=plain,
+        insecure=values["target_insecure"],
+        push_chunk_size=byte_size(values["push_chunk_size"]),
+    )
+    with progress_for(log) as progress, sink as target:
+        where = str(target)
+        copied: Copied
         if blobs:
-            return gather(source, blobs, target, one_platform(values["platform"]), progress)
-        return copy_image(source, target, progress, chosen)
-
-    with progress_for(log) as progress:
-        if values["target"].startswith(SCHEME):
-            with work_dir(Path(values["work_dir"])) as base:
-                with tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as folder:
-                    copied = run(LayoutPlace(Path(folder), name=values["target"]))
-                    write_image(Layout(folder), containerd_place(values["target"]))
-        elif values["target"].startswith("file://"):
-            path = Path(values["target"].removeprefix("file://"))
-            name = getattr(source, "reference", None) or Reference("localhost", "image", "latest")
-            with new_archive(path, name, Path(values["work_dir"]), "--target") as layout:
-                copied = run(layout)
+            copied = gather(source, blobs, target, one_platform(values["platform"]), progress)
         else:
-            target = registry_place(
-                parse(values["target"]),
-                plain_http=plain,
-                insecure=values["target_insecure"],
-                push_chunk_size=byte_size(values["push_chunk_size"]),
-            )
-            copied = run(target)
+            copied = copy_image(source, target, progress, chosen)
     log.result(
         f"copied {copied.blobs} blobs, sent {human(copied.sent)}"
         + (f", {human(copied.present)} were there" if copied.present else ""),
         {
-            "target": values["target"],
+            "target": where,
             "digest": copied.descriptor.digest,
             "blobs": copied.blobs,
             "sent": copied.sent,
             "present": copied.present,
         },
-        target=values["target"],
+        target=where,
         digest=copied.descriptor.digest,
     )

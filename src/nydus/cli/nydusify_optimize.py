@@ -9,14 +9,18 @@ import click
 
 from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
 
 _TOLD = 5
 
 
 @click.command(cls=GoCommand, short_help="Put what a container reads first into a blob of its own.")
-@option("--source", env="SOURCE", required=True, help="Reference of the Nydus image.")
-@option("--target", env="TARGET", required=True, help="Reference to push the new image to.")
+@option("--source", env="SOURCE", help=SOURCE)
+@option("--target", env="TARGET", help=TARGET)
+@option("--source-archive", env="SOURCE_ARCHIVE", type=click.Path(), help=SOURCE_ARCHIVE)
+@option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
@@ -41,24 +45,31 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     """Put what a container reads first into a blob of its own.
 
     A daemon fetches that blob in one go while the container starts. Files and everything else stay the same.
-    The target may be any repository: blobs that it lacks are linked or copied. Where the blobs of the image
+    The target may be any place: blobs that it lacks are linked or copied. Where the blobs of the image
     are in a storage backend, the new one goes there.
     """
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place, work_dir
+    from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
     from nydus.convert.optimize import optimize as run
-    from nydus.oci.place import registry_place
-    from nydus.oci.reference import parse
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
     plain = values["plain_http"]
     source = source_place(
-        values["source"], None, plain_http=plain, insecure=values["source_insecure"], option="source"
+        values["source"],
+        values["source_archive"],
+        plain_http=plain,
+        insecure=values["source_insecure"],
+        option="source",
+        work_dir=values["work_dir"],
     )
-    target = registry_place(
-        parse(values["target"]),
+    sink = target_place(
+        values["target"],
+        values["target_archive"],
+        source,
+        folder=Path(values["work_dir"]),
         plain_http=plain,
         insecure=values["target_insecure"],
         push_chunk_size=byte_size(values["push_chunk_size"]),
@@ -74,7 +85,8 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         "--source-backend",
     )
     backend = backend_place(*found) if found else None
-    with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress:
+    with work_dir(Path(values["work_dir"])) as folder, progress_for(log) as progress, sink as target:
+        where = str(target)
         made = run(
             source,
             target,
@@ -93,7 +105,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         f"{made.files} files, {made.chunks} chunks, {human(made.size)} in the new blob {made.blob[:12]}; "
         f"copied {human(made.sent)} of the others",
         {
-            "target": str(target),
+            "target": where,
             "digest": made.descriptor.digest,
             "blob": made.blob,
             "size": made.size,
@@ -102,6 +114,6 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
             "missing": made.missing,
             "sent": made.sent,
         },
-        target=target,
+        target=where,
         digest=made.descriptor.digest,
     )

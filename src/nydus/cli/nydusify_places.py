@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +20,30 @@ if TYPE_CHECKING:
     from nydus.oci.reference import Reference
 
 
+#: What every option with a source says of it.
+SOURCE = "Reference, containerd://NAMESPACE/REFERENCE, or file://PATH of an archive or OCI layout folder."
+SOURCE_ARCHIVE = (
+    "Read it from this archive (tar, also gzip or zstd) or OCI layout folder; PATH:NAME of several."
+)
+
+
 def source_place(
-    reference: str | None, archive: str | None, *, plain_http: bool, insecure: bool, option: str
+    reference: str | None,
+    archive: str | None,
+    *,
+    plain_http: bool,
+    insecure: bool,
+    option: str,
+    work_dir: str | None = None,
 ) -> SourcePlace:
     """The image that ``--source``/``--target`` or the ``-archive`` option of the same name say.
 
-    ``containerd://NAMESPACE/REFERENCE`` is an image in containerd's content store; for archives see
-    :func:`archive_place`.
+    ``containerd://NAMESPACE/REFERENCE`` is an image in containerd's content store; for archives, which are
+    also ``file://PATH``, see :func:`archive_place`. With an archive, the reference says what the image is
+    called.
+
+    Args:
+        work_dir: for what a compressed archive holds; in TMPDIR without it. Removed when the command ends.
 
     Raises:
         ConfigError: neither is given, or the reference is wrong.
@@ -31,9 +51,12 @@ def source_place(
     from nydus.oci.reference import parse
 
     if reference and reference.startswith("file://"):
+        if archive:
+            raise ConfigError(f"--{option} {reference} and --{option}-archive cannot be used together")
         archive, reference = reference.removeprefix("file://"), None
     if archive:
-        return archive_place(archive, str(parse(reference)) if reference else "")
+        place = archive_place(archive, str(parse(reference)) if reference else "")
+        return place if work_dir is None else inflated(place, Path(work_dir))
     if not reference:
         raise ConfigError(f"--{option} or --{option}-archive is needed")
     if reference.startswith("containerd://"):
@@ -55,6 +78,47 @@ def archive_place(text: str, name: str = "") -> LayoutPlace | ArchivePlace:
     end = next((end for end in (len(text), *colons) if Path(text[:end]).exists()), len(text))
     path = Path(text[:end])
     return (LayoutPlace if path.is_dir() else ArchivePlace)(path, text[end + 1 :], name)
+
+
+def inflated(place: LayoutPlace | ArchivePlace, folder: Path) -> LayoutPlace | ArchivePlace:
+    """The same place; what a compressed archive holds is in ``folder`` until the command ends."""
+    import click
+
+    from nydus.oci import archive
+    from nydus.oci.place import ArchivePlace
+
+    try:
+        if not isinstance(place, ArchivePlace) or not archive.is_compressed(place.path):
+            return place
+    except OSError as error:
+        raise NydusError(f"{place.path}: {error.strerror}") from error
+    context = click.get_current_context()
+    base = context.with_resource(work_dir(folder))
+    try:
+        file = context.with_resource(tempfile.NamedTemporaryFile(dir=base, prefix="nydusify-"))  # noqa: SIM115
+    except OSError as error:
+        raise NydusError(f"--work-dir {base}: {error.strerror}") from error
+    archive.inflate(place.path, file, str(base))
+    return replace(place, inflated=Path(file.name))
+
+
+def image_name(place: SourcePlace) -> Reference:
+    """What an image is called that nobody named: in an archive its name there, else that of the file."""
+    from nydus.oci.layout import LayoutReader
+    from nydus.oci.place import RegistryPlace
+    from nydus.oci.reference import TAG, Reference, parse
+
+    if isinstance(place, RegistryPlace):
+        return place.reference
+    called = place.name
+    if not called:
+        reader = place.open()
+        called = reader.called(place.target) if isinstance(reader, LayoutReader) else ""
+    with suppress(ConfigError):
+        if "/" in called or ":" in called:
+            return parse(called)
+    words = re.findall("[a-z0-9]+", re.sub(r"\.(tar|tgz|tzst)\b.*", "", place.path.absolute().name.lower()))
+    return Reference("localhost", "-".join(words) or "image", called if TAG.fullmatch(called) else "latest")
 
 
 #: Set by the option ``--hosts-dir``: directory of the ``hosts.toml`` files that say where to read images.
@@ -117,37 +181,6 @@ def work_dir(path: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-@contextmanager
-def new_archive(path: Path, reference: Reference, folder: Path, option: str) -> Iterator[LayoutPlace]:
-    """A layout that becomes an archive when the context ends without an error.
-
-    Args:
-        reference: what the image is called in it.
-        folder: the work folder, which gets the layout until then.
-        option: that named the archive.
-
-    Raises:
-        ConfigError: no file can be written there; raised before anything is done.
-    """
-    import tempfile
-
-    from nydus.oci.archive import write_archive
-    from nydus.oci.layout import Layout
-    from nydus.oci.place import LayoutPlace
-
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: its folder does not exist")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}") from error
-    with work_dir(folder) as base, tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as layout:
-        yield LayoutPlace(Path(layout), name=str(path))
-        write_archive(Layout(layout), path, reference)
-
-
 def backend_config(
     kind: str | None, text: str | None, file: str | None, option: str = "--backend"
 ) -> tuple[str, dict[str, Any]] | None:
@@ -159,6 +192,8 @@ def backend_config(
     Raises:
         ConfigError: not exactly one configuration, or it is no JSON object.
     """
+    if kind == "registry":  # what older versions of the reference called having none
+        kind = None
     if not kind:
         if text or file:
             raise ConfigError(f"{option}-config{'' if text else '-file'} needs {option}-type")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SCHEME = "containerd://"
 DEFAULT_ADDRESS = "/run/containerd/containerd.sock"
+#: Environment variables with containerd's socket: that of its own tools, and that of the reference.
+ADDRESSES = ("CONTAINERD_ADDRESS", "CONTAINERD_ADDR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,11 @@ class ContainerdPlace(ArchivePlace):
         return self.name
 
 
-def containerd_place(text: str) -> ContainerdPlace:
-    """The place that ``containerd://NAMESPACE/REFERENCE`` says; CONTAINERD_ADDRESS is the socket.
+def containerd_place(text: str, address: Path | None = None) -> ContainerdPlace:
+    """The place that ``containerd://NAMESPACE/REFERENCE`` says.
+
+    Args:
+        address: the socket; by default what the environment says (:data:`ADDRESSES`).
 
     Raises:
         ConfigError: it is not of that form.
@@ -46,8 +51,8 @@ def containerd_place(text: str) -> ContainerdPlace:
     namespace, slash, reference = text.removeprefix(SCHEME).partition("/")
     if not namespace or not slash:
         raise ConfigError(f"{text!r}: expected containerd://NAMESPACE/REFERENCE")
-    address = Path(os.environ.get("CONTAINERD_ADDRESS") or DEFAULT_ADDRESS)
-    return ContainerdPlace(address, name=str(parse(reference)), namespace=namespace)
+    found = next((value for name in ADDRESSES if (value := os.environ.get(name))), DEFAULT_ADDRESS)
+    return ContainerdPlace(address or Path(found), name=str(parse(reference)), namespace=namespace)
 
 
 class _Contents:

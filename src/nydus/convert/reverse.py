@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
@@ -23,14 +24,15 @@ from nydus.convert.opened import PREFETCH_BLOB, SourceBackend
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.select import Image, reference_name, select
+from nydus.convert.target import require_target
 from nydus.errors import BackendError, ConfigError, NydusError
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Index, Manifest, Platform
 from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
+from nydus.oci.retry import wait_to_retry
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
-
+    from nydus.oci.encryption import PrivateKey
     from nydus.rafs.model import Tree
     from nydus.storage.backend import Backend
 
@@ -64,6 +66,7 @@ class _Work:
     link_from: str
     options: ConvertOptions
     progress: Progress
+    folder: Path | None
 
 
 def reverse(
@@ -73,7 +76,9 @@ def reverse(
     progress: Progress | None = None,
     platforms: Sequence[Platform] | None = (),
     backend: Backend | None = None,
-    keys: Sequence[JWK] = (),
+    keys: Sequence[PrivateKey] = (),
+    *,
+    work_dir: Path | None = None,
 ) -> Result:
     """Converts a Nydus image to an OCI image: every blob becomes a gzip layer again.
 
@@ -84,6 +89,7 @@ def reverse(
 
     Args:
         keys: private keys, for an encrypted image.
+        work_dir: existing folder for blobs while they are verified; TMPDIR by default.
         backend: where blobs are that the image does not list. Stays the caller's to close.
 
     Raises:
@@ -101,7 +107,8 @@ def reverse(
     plans = [_plan(found, reader, str(source), backend, keys) for found in halves]
     link_from = linkable_repository(source, target)
     blobs = backend or SourceBackend(reader)
-    work = _Work(reader, target.open_sink(), blobs, link_from, options, progress)
+    work = _Work(reader, target.open_sink(), blobs, link_from, options, progress, work_dir)
+    require_target(work.writer, target)
     pulled = time.monotonic()
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
     progress.note(f"converting image {source}")
@@ -144,7 +151,9 @@ def reverse(
     )
 
 
-def _plan(found: Image, reader: Source, where: str, backend: Backend | None, keys: Sequence[JWK]) -> _Plan:
+def _plan(
+    found: Image, reader: Source, where: str, backend: Backend | None, keys: Sequence[PrivateKey]
+) -> _Plan:
     from nydus import rafs
     from nydus.build.merge import overlay
 
@@ -221,9 +230,8 @@ def _layer(
                     made = _rebuild(work, plan, layer, state, media_type)
                     break
                 except BackendError as error:
-                    if error.permanent or attempt == work.options.attempts:
+                    if not wait_to_retry(error, attempt, work.options.attempts, work.options.retry_delay):
                         raise
-                    time.sleep(work.options.retry_delay)
     except NydusError as error:
         raise NydusError(f"layer {state.number}: {error}") from error
     size = made[0].size
@@ -247,7 +255,8 @@ def _rebuild(
         if layer is not None:
             # Tables at the end of a blob are not covered by the digests of chunks: the whole blob has to be
             # checked first.
-            spool = _Spool(layer, work, stack.enter_context(tempfile.TemporaryFile()), state)
+            file = stack.enter_context(tempfile.TemporaryFile(dir=work.folder))
+            spool = _Spool(layer, work, file, state)
             tree, blobs = _layer_tree(layer.digest, layer.size, spool.range), spool
             omit = _implied(tree, plan.tree)
         upload = stack.enter_context(work.writer.upload())
@@ -308,7 +317,8 @@ class _Spool(SourceBackend):
                 work.progress.changed(state)
             file.flush()
         except OSError as error:
-            raise NydusError(f"temporary file: {error.strerror}") from error
+            where = work.folder or tempfile.gettempdir()
+            raise NydusError(f"temporary file in {where}: {error.strerror}") from error
         finally:
             stream.close()
 
