@@ -313,6 +313,25 @@ def test_cut_short(pack: Callable[[bytes], bytes], cut: int) -> None:
         build(packed[:cut])
 
 
+def test_errors_name_the_member() -> None:
+    data = archive(file("etc/first", b"x" * 600), file("usr/bin/second", b"y" * 3000))
+    begins = data.index(b"usr/bin/second")
+    for damaged, words in (
+        (data[: begins + 2000], r"^test: usr/bin/second: the stream ends too early at offset 0x"),
+        (data[: begins + 300], "^test: after etc/first: the stream ends too early at offset 0x"),
+        (data[:700], "^test: etc/first: the stream ends"),
+        (data[:begins] + b"?" + data[begins + 1 :], "^test: after etc/first: not a tar header: wrong"),
+        (data[:300], "^test: the stream ends"),
+        (archive(file("a\x1b[31m\nb", b"x" * 9000))[:2000], r"^test: a\\x1b\[31m\\nb: the stream ends"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            build(damaged)
+    packed = bytearray(isal_gzip(archive(file("big", os.urandom(1 << 22)))))
+    packed[-6] ^= 1
+    with pytest.raises(FormatError, match="^test: (after )?big: not a gzip stream: .* at offset 0x"):
+        build(bytes(packed))
+
+
 def test_damaged_gzip() -> None:
     packed = bytearray(isal_gzip(archive(file("a", os.urandom(30_000)))))
     packed[-6] ^= 1  # the checksum

@@ -96,16 +96,32 @@ class TarReader:
     """Iterate over the members; read the data of the current one with :meth:`chunks` before going on.
 
     Raises:
-        FormatError: on anything that is not a well-formed archive, with the offset in the plain stream.
+        FormatError: on anything that is not a well-formed archive, with the name of the member and the offset
+            in the plain stream.
     """
 
     def __init__(self, window: Stream) -> None:
         self._window = window
+        self._name = self._before = b""  # of the member being read, and of the last one
 
     def _fail(self, what: str, at: int, **more: object) -> FormatError:
         return FormatError(what, where=self._window.where, offset=at, **more)
 
+    def _named(self, error: FormatError) -> FormatError:
+        """An error of a layer, with the member that was being read."""
+        member = _shown(self._name) or (f"after {_shown(self._before)}" if self._before else "")
+        where = ": ".join(filter(None, [error.where, member]))
+        return FormatError(
+            error.what, where=where, offset=error.offset, found=error.found, expected=error.expected
+        )
+
     def __iter__(self) -> Iterator[Entry]:
+        try:
+            yield from self._entries()
+        except FormatError as error:
+            raise self._named(error) from error
+
+    def _entries(self) -> Iterator[Entry]:
         window = self._window
         pending = nothing = _Pending()
         while (header := window.header()) is not None:
@@ -131,9 +147,11 @@ class TarReader:
                 continue
             entry = self._entry(header, kind, pending, start)
             pending = nothing
+            self._before = entry.name
             end = window.position + entry.stored
             yield entry
             window.skip(end - window.position + -end % 512)
+            self._name = b""
         window.drain()
 
     def chunks(self, entry: Entry, size: int) -> Iterator[memoryview | bytes]:
@@ -141,6 +159,12 @@ class TarReader:
 
         Pieces that lie in a hole are one and the same object.
         """
+        try:
+            yield from self._pieces(entry, size)
+        except FormatError as error:
+            raise self._named(error) from error
+
+    def _pieces(self, entry: Entry, size: int) -> Iterator[memoryview | bytes]:
         take = self._window.take
         if entry.sparse is None:
             left = entry.size
@@ -247,7 +271,7 @@ class TarReader:
         return value
 
     def _entry(self, header: bytes, kind: int, pending: _Pending, at: int) -> Entry:
-        name = header[:100].split(b"\0", 1)[0]
+        self._name = name = header[:100].split(b"\0", 1)[0]
         link = header[157:257].split(b"\0", 1)[0]
         major = minor = 0
         magic = header[257:265]
@@ -288,6 +312,7 @@ class TarReader:
             mtime = self._decimal(records, b"mtime", mtime, at)
             xattrs = tuple(sorted((k[len(_XATTR) :], v) for k, v in records.items() if k.startswith(_XATTR)))
             name = records.get(b"GNU.sparse.name") or name
+        self._name = name
         if b"\0" in name or b"\0" in link:
             raise self._fail("a name in the archive contains a NUL byte", at)
         if not (0 <= uid < 1 << 32 and 0 <= gid < 1 << 32 and size >= 0):
@@ -367,6 +392,12 @@ class TarReader:
         if len(values) % 2 or last > entry.size or total != entry.stored:
             raise self._fail("a sparse map of the archive does not fit its file", at, found=(last, total))
         entry.sparse = extents
+
+
+def _shown(name: bytes) -> str:
+    """A name in a message: short, on one line, and without what a terminal would obey."""
+    text = name[:256].decode(errors="backslashreplace")
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _is_sparse(records: dict[bytes, bytes]) -> bool:
