@@ -17,6 +17,7 @@ from nydus.convert.documents import (
 )
 from nydus.convert.finished import Finished, Stored, chain
 from nydus.convert.job import Converted
+from nydus.convert.layers import readable
 from nydus.convert.opened import Opened
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import Silent
@@ -27,7 +28,7 @@ from nydus.oci.model import Descriptor, Manifest
 from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
 if TYPE_CHECKING:
-    from jwcrypto.jwk import JWK
+    from nydus.oci.encryption import Recipient
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +36,28 @@ class Assembled:
     """The layers of a Nydus image, all of which are stored.
 
     Attributes:
-        blobs: with the file data; none of an image whose blobs are in a storage backend.
+        blobs: with the file data of each layer of the source, in order.
+        shared: those of a chunk dictionary that are referred to.
         diff_id: of ``bootstrap``, the last layer.
     """
 
     blobs: Sequence[Descriptor]
+    shared: Sequence[Descriptor]
     bootstrap: Descriptor
     diff_id: str
 
     def finished(self, found: Image, repository: str) -> Finished:
         """What to remember of it."""
-        blobs = tuple(
-            Stored(blob.digest, blob.size, blob.annotations.get(model.NYDUS_REF, "")) for blob in self.blobs
-        )
-        bootstrap = Stored(self.bootstrap.digest, self.bootstrap.size)
         return Finished(
-            source=chain(found), blobs=blobs, bootstrap=bootstrap, diff_id=self.diff_id, repository=repository
+            source=chain(found),
+            blobs=tuple(
+                Stored(blob.digest, blob.size, blob.annotations.get(model.NYDUS_REF, ""))
+                for blob in self.blobs
+            ),
+            shared=tuple(self.shared),
+            bootstrap=Stored(self.bootstrap.digest, self.bootstrap.size),
+            diff_id=self.diff_id,
+            repository=repository,
         )
 
 
@@ -59,6 +66,7 @@ def assemble_again(finished: Finished) -> Assembled:
     bootstrap = finished.bootstrap
     return Assembled(
         _layers(finished.blobs),
+        finished.shared,
         Descriptor(media_type=model.OCI_LAYER_GZIP, digest=bootstrap.digest, size=bootstrap.size),
         finished.diff_id,
     )
@@ -72,13 +80,13 @@ def assemble(
     backend: BackendPlace | None,
     dictionary: Opened | None,
     target: SinkPlace,
-    readers: Sequence[JWK],
+    readers: Sequence[Recipient],
 ) -> Assembled:
     """Merges the layers of one image and stores the bootstrap.
 
     Args:
-        backend: where the blobs are instead of the target, whose manifest then does not list them.
-        dictionary: whose chunks the layers refer to; its blobs that are used become layers, too.
+        backend: where the blobs are instead of the target.
+        dictionary: whose chunks the layers refer to; its blobs that are used are had there, too.
         readers: for whom the bootstrap is encrypted.
     """
     from nydus.build.layer import prefetch_rows, write_bootstrap
@@ -96,18 +104,22 @@ def assemble(
     packed, diff_id = bootstrap_layer(make, metas)
     bootstrap = put_bootstrap(writer, packed, readers)
     layers = _layers(blobs, encrypted=bool(readers))
+    shared: list[Descriptor] = []
     if dictionary is not None:
         own = {layer.digest for layer in layers}
-        blobs_sink = backend.open_sink() if backend else writer
-        for digest in used:
-            if digest not in own and not dictionary.layer_of(digest) and not blobs_sink.has_blob(digest):
-                raise ConfigError(f"{dictionary.place}: its blob {digest} is not in {backend}")
         wanted = [layer.digest for layer in map(dictionary.layer_of, used) if layer]
         shared = [layer for layer in dictionary.blobs if layer.digest in wanted and layer.digest not in own]
         link_from = "" if backend else linkable_repository(dictionary.place, target)
-        dictionary.copy_to(blobs_sink, link_from, Silent(), shared)
-        layers += shared
-    return Assembled([] if backend else layers, bootstrap, diff_id)
+        dictionary.copy_to(backend.open_sink() if backend else writer, link_from, Silent(), shared)
+        elsewhere = [digest for digest in used if digest not in own and not dictionary.layer_of(digest)]
+        if elsewhere:
+            place = backend or target
+            with readable(place, writer) as stored:
+                for digest in elsewhere:
+                    if not stored.has_blob(digest):
+                        raise ConfigError(f"{dictionary.place}: its blob {digest} is not in {place}")
+                    shared.append(Descriptor(digest=digest, size=stored.blob_size(digest)))
+    return Assembled(layers, shared, bootstrap, diff_id)
 
 
 def _layers(blobs: Iterable[Converted | Stored], *, encrypted: bool = False) -> list[Descriptor]:
@@ -127,16 +139,24 @@ def _layers(blobs: Iterable[Converted | Stored], *, encrypted: bool = False) -> 
 
 
 def put_documents(
-    found: Image, parts: Assembled, source: SourcePlace, writer: Sink, options: ConvertOptions
+    found: Image,
+    parts: Assembled,
+    source: SourcePlace,
+    writer: Sink,
+    options: ConvertOptions,
+    *,
+    listed: bool,
 ) -> Manifest:
     """Stores the config of a Nydus image; returns its manifest, which is not stored yet.
 
     Args:
         found: the image that was converted.
+        listed: its blobs are layers; they are not if they are in a storage backend.
     """
-    diff_ids = [*(layer.digest for layer in parts.blobs), parts.diff_id]
+    blobs = [*parts.blobs, *parts.shared] if listed else []
+    diff_ids = [*(layer.digest for layer in blobs), parts.diff_id]
     where = f"{source}: config"
-    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=bool(parts.blobs))
+    raw_config = rewrite_config(found.raw_config, diff_ids, where, keep_history=listed)
     kind = model.NYDUS_CONFIG if options.merge_platform else config_type(found.manifest, oci=options.oci)
     config = writer.put_blob(raw_config, kind)
     origin = found.descriptor
@@ -146,7 +166,7 @@ def put_documents(
         origin.digest,
         str(source),
         config,
-        parts.blobs,
+        blobs,
         parts.bootstrap,
         fs_version=options.fs_version,
         oci=options.oci,

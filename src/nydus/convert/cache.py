@@ -122,14 +122,19 @@ class BuildCache:
         )
 
     def store(
-        self, layers: Mapping[str, Known], images: Sequence[Finished], target: Source, repository: str
+        self,
+        layers: Mapping[str, Known],
+        blobs: tuple[Source, str],
+        images: Sequence[Finished],
+        bootstraps: tuple[Source, str],
     ) -> None:
         """Adds what was converted to the cache.
 
         Args:
-            layers: source digest -> converted layer, whose blobs are all in ``target``.
-            images: of these layers; their bootstraps are there, too.
-            repository: ``host/name`` of the target, "" if it is no registry.
+            layers: source digest -> converted layer.
+            blobs: where the blobs of the layers are, and its ``host/name``, "" if it is no registry.
+            images: of these layers.
+            bootstraps: the same for their bootstraps.
 
         Raises:
             BackendError: the cache cannot be written.
@@ -148,11 +153,12 @@ class BuildCache:
         if tuple(added) == self._records[: len(added)]:
             return
         sink = self.place.open_sink()
-        same_host = repository.partition("/")[0] == self.repository.partition("/")[0]
-        link_from = repository.partition("/")[2] if same_host else ""
         for record in added:
             if record not in self._records:
-                copy_blob(target, sink, LayerProgress(0, record.digest, record.size), link_from)
+                source, repository = blobs if record.media_type == model.NYDUS_BLOB else bootstraps
+                host, _, name = repository.partition("/")
+                link_from = name if host == self.repository.partition("/")[0] else ""
+                copy_blob(source, sink, LayerProgress(0, record.digest, record.size), link_from)
         replaced = {_identity(record) for record in added}
         kept = [record for record in self._records if _identity(record) not in replaced]
         manifest = Manifest(

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress
-from nydus.convert.reuse import bring, note, options_key
+from nydus.convert.reuse import bring, note
 from nydus.convert.select import Image
 from nydus.errors import NydusError
 from nydus.oci import model
+from nydus.oci.model import Descriptor
 from nydus.oci.place import Sink, Source
 
 _AT_ONCE = 8
@@ -43,6 +43,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         source: of which layers, see :func:`chain`.
         blobs: one for each of them, in order.
+        shared: blobs of a chunk dictionary that are referred to.
         bootstrap, diff_id: the bootstrap layer.
         repository: ``host/name`` where all this was stored last.
     """
@@ -52,6 +53,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap: Stored
     diff_id: model.Digest
     repository: str
+    shared: tuple[Descriptor, ...] = ()
 
 
 def chain(image: Image) -> str:
@@ -60,10 +62,14 @@ def chain(image: Image) -> str:
 
 
 class FinishedImages:
-    """The record in a folder, that of the record of layers; one that cannot be used is an empty record."""
+    """The record in a folder, that of the record of layers; one that cannot be used is an empty record.
 
-    def __init__(self, folder: Path, options: ConvertOptions) -> None:
-        self._folder, self._key = folder / "images", options_key(options)
+    Args:
+        key: see :func:`~nydus.convert.reuse.options_key`.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder / "images", key
 
     def find(self, image: Image) -> Finished | None:
         """What an image became."""
@@ -73,7 +79,8 @@ class FinishedImages:
             os.utime(path)  # the newest are kept
         except (OSError, msgspec.MsgspecError):
             return None
-        return finished if finished.source == chain(image) else None
+        same = finished.source == chain(image) and len(finished.blobs) == len(image.manifest.layers)
+        return finished if same else None
 
     def add(self, image: Image, finished: Finished) -> None:
         """Notes a converted image."""
@@ -83,15 +90,25 @@ class FinishedImages:
         return hashlib.sha256(f"{self._key} {chain(image)}".encode()).hexdigest()
 
 
-def bring_image(finished: Finished, sink: Sink, repository: str, cache: Source | None) -> bool:
-    """Has all blobs of an image in the target, as :func:`~nydus.convert.reuse.bring` does it."""
+def bring_image(
+    finished: Finished, sink: Sink, repository: str, cache: Source | None, backend: Sink | None = None
+) -> bool:
+    """Has all blobs of an image in the target, as :func:`~nydus.convert.reuse.bring` does it.
 
-    def brought(blob: Stored) -> bool:
+    Args:
+        backend: where the blobs with file data have to be instead.
+    """
+
+    def brought(blob: Stored | Descriptor) -> bool:
+        if backend and blob is not finished.bootstrap:
+            return bring(blob.digest, blob.size, "", backend, "", cache)
         return bring(blob.digest, blob.size, finished.repository, sink, repository, cache)
 
+    indexes = (blob.annotations.get(model.NYDUS_REF) for blob in finished.shared)
+    data = [Stored(digest, 0) for digest in indexes if digest]
     try:
         with ThreadPoolExecutor(_AT_ONCE, "finished") as pool:
-            return all(pool.map(brought, (finished.bootstrap, *finished.blobs)))
+            return all(pool.map(brought, (finished.bootstrap, *finished.blobs, *finished.shared, *data)))
     except NydusError:
         return False
 

@@ -18,8 +18,9 @@ from nydus.convert.merged import put_original
 from nydus.convert.opened import open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
-from nydus.convert.reuse import known_of, options_key
+from nydus.convert.reuse import Record, known_of, options_key
 from nydus.convert.select import Image, reference_name, select
+from nydus.convert.target import require_target
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED, recipients
@@ -106,23 +107,29 @@ def image(
     chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
     if chunks and chunks.elsewhere and backend is None:
         raise ConfigError(f"{dictionary}: its blobs are in a storage backend, the image's have to be, too")
-    dictionary_digest = chunks.found.descriptor.digest if chunks else ""
-    cached = cache.load(options_key(options, dictionary_digest)) if cache else {}
+    key = options_key(options, chunks.found.descriptor.digest if chunks else "")
+    cached = cache.load(key) if cache else {}
     cache_source = cache.place.open() if cache else None
     pulled = time.monotonic()
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
 
     progress.note(f"converting image {source}")
     repository = repository_of(target)
-    record: FinishedImages | BuildCache | None = None
-    if not (backend or dictionary):
-        record = cache or (FinishedImages(options.record, options) if options.record and repository else None)
+    blobs_sink = backend.open_sink() if backend else None
+    whole_cache = None if dictionary else cache  # which does not have the blobs of a dictionary
+    recorded = options.record and repository and not whole_cache
+    record = FinishedImages(options.record, key) if options.record and recorded else None
 
     def before(found: Image) -> Finished | None:
-        known = record.find(found) if record else None
-        return known if known and bring_image(known, writer, repository, cache_source) else None
+        known = whole_cache.find(found) if whole_cache else record.find(found) if record else None
+        brought = known and bring_image(known, writer, repository, cache_source, blobs_sink)
+        return known if brought else None
 
     finished = [before(found) for found in images]
+    if not all(finished):
+        require_target(writer, target)
+        if backend and blobs_sink:
+            require_target(blobs_sink, backend)
     pairs = list(zip(images, finished, strict=True))
     with convert_layers(
         [found for found, known in pairs if known is None],
@@ -132,6 +139,7 @@ def image(
         options,
         progress,
         cached,
+        Record(options.record, key) if options.record else None,
         chunks.tree if chunks else None,
         cache_source,
         fork=fork,
@@ -164,7 +172,8 @@ def image(
             for found, known in pairs
         ]
     manifests = [
-        put_documents(found, part, source, writer, options) for found, part in zip(images, parts, strict=True)
+        put_documents(found, part, source, writer, options, listed=backend is None)
+        for found, part in zip(images, parts, strict=True)
     ]
     if options.merge_platform:
         entries = [put_original(found, reader, writer, link_from) for found in images]
@@ -176,20 +185,20 @@ def image(
         media_type = model.OCI_INDEX if options.oci else index.media_type
         entries = _put_manifests(manifests, images, writer)
         descriptor = _put_index(media_type, index.annotations, entries, name, writer)
-    if isinstance(record, FinishedImages):
+    if record:
         for (found, known), part in zip(pairs, parts, strict=True):
             if known is None:
                 record.add(found, part.finished(found, repository))
     if cache:
         digests = [layer.digest for found in images for layer in found.manifest.layers]
         used = {digest: known_of(blobs[digest]) if digest in blobs else cached[digest] for digest in digests}
-        whole = zip(images, parts, strict=True) if record else ()
+        whole = zip(images, parts, strict=True) if whole_cache else ()
         with readable(backend or target, writer) as stored:
             cache.store(
                 used,
+                (stored, repository_of(backend or target)),
                 [part.finished(found, repository) for found, part in whole],
-                stored,
-                repository_of(backend or target),
+                (writer, repository),
             )
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")

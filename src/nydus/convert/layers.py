@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ def convert_layers(
     options: ConvertOptions,
     progress: Progress,
     cached: Mapping[str, Known],
+    record: Record | None = None,
     dictionary: Tree | None = None,
     cache: Source | None = None,
     *,
@@ -59,6 +61,8 @@ def convert_layers(
     Args:
         kept: layers of other images, with which nothing has to be done.
         cached: source digest -> layer of a build cache.
+        record: what was converted before; gets each layer as soon as it is in the target, so that one goes on
+            where another was interrupted.
         dictionary: chunks to refer to instead of storing them again.
         cache: where the blobs of ``cached`` are.
         fork: see :class:`~nydus.convert.workers.Workers`.
@@ -73,10 +77,6 @@ def convert_layers(
     states = [LayerProgress(number, layer.digest, layer.size) for number, layer in distinct.values()]
     by_digest = {state.digest: state for state in states}
     progress.layers([*kept, *states])
-    # An index over a layer is made faster than found again, and a storage backend is only written to.
-    # What was built with a dictionary is of use with that one only. A build cache has all of them.
-    lasting = not options.oci_ref and not isinstance(target, BackendPlace) and dictionary is None
-    record = Record(options.record, options) if options.record and lasting else None
     blobs: dict[str, Converted] = {}
 
     lock = threading.Lock()
@@ -91,8 +91,13 @@ def convert_layers(
             state.state, state.downloaded, state.reused = "done", state.size, converted.reused
             state.built = state.uploaded = converted.size
             if record is not None:
-                record.add(digest, known_of(converted, repository_of(target)))
+                record.add(digest, known_of(converted, repository_of(target) or linkable(digest)))
             progress.changed(state)
+
+    def linkable(digest: str) -> str:
+        """The repository that has the same blob, of a target that is no repository."""
+        known, blob = before[digest], blobs[digest].digest
+        return known.repository if known and known.digest == blob else ""
 
     def reuse(digest: str, converted: Converted) -> None:
         built(digest, converted)
@@ -134,7 +139,8 @@ def convert_layers(
 def _workers(options: ConvertOptions, *, fork: bool) -> Workers:
     from nydus.convert.workers import Workers
 
-    return Workers(options.workers, fork=fork)
+    # The client of object stores has threads of its own once it was used, without which a fork of it hangs.
+    return Workers(options.workers, fork=fork and "opendal" not in sys.modules)
 
 
 def _take_over(

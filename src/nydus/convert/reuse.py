@@ -88,10 +88,14 @@ def default_folder() -> Path | None:
 
 
 class Record:
-    """The record of converted layers in a folder; a folder that cannot be used is an empty record."""
+    """The record of converted layers in a folder; a folder that cannot be used is an empty record.
 
-    def __init__(self, folder: Path, options: ConvertOptions) -> None:
-        self._folder = folder / options_key(options)
+    Args:
+        key: see :func:`options_key`.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder / key
 
     def find(self, source_digest: str) -> Known | None:
         """What a source layer became."""
@@ -106,6 +110,51 @@ class Record:
         """Notes a converted layer."""
         data = msgspec.json.encode(msgspec.structs.replace(known, source=source_digest))
         note(self._folder, source_digest.partition(":")[2], data)
+
+
+class Reversed(msgspec.Struct, frozen=True, kw_only=True):
+    """An ordinary layer that was made of a Nydus image.
+
+    Attributes:
+        source: see :meth:`ReversedLayers.find`.
+        repository: ``host/name`` where it was stored last.
+    """
+
+    source: str
+    digest: model.Digest
+    size: model.Size
+    diff_id: model.Digest
+    repository: str
+
+
+class ReversedLayers:
+    """The record of layers that were made of Nydus images (``convert --reverse``), beside the other.
+
+    A layer depends on the whole image: its blob does not say which directories were only implied.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "reversed"
+
+    def find(self, source: str) -> Reversed | None:
+        """What was made of an image's blob.
+
+        Args:
+            source: digests of the image's bootstrap layer and of the blob, "" for the whole file system.
+        """
+        try:
+            data = (self._folder / self._name(source)).read_bytes()
+            found = msgspec.json.decode(data, type=Reversed)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return found if found.source == source else None
+
+    def add(self, made: Reversed) -> None:
+        """Notes such a layer."""
+        note(self._folder, self._name(made.source), msgspec.json.encode(made))
+
+    def _name(self, source: str) -> str:
+        return hashlib.sha256(f"{_FORMAT} {__version__} {source}".encode()).hexdigest()
 
 
 def note(folder: Path, name: str, data: bytes) -> None:
