@@ -19,7 +19,7 @@ _ARMOR = b"-----BEGIN PGP PRIVATE KEY BLOCK-----"
 _MOST = 64 << 10  # of a wrapped key; compressed messages can be made to inflate to anything
 _USER = re.compile(r"(?P<name>.*?)\s*(?:\([^()]*\)\s*)?(?:<(?P<address>[^<>]*)>)?")
 #: So that it says what is matched here; options of the user's must not add recipients or another form.
-_COMMON = ("--batch", "--no-tty", "--quiet", "--no-options", "--status-fd", "2")
+_COMMON = ("--batch", "--no-tty", "--no-options", "--status-fd", "2")
 
 
 def is_secret(data: bytes) -> bool:
@@ -39,7 +39,7 @@ def find(name: str, *, secret: bool = False) -> str:
     """
     listed = _gpg("--with-colons", "--list-secret-keys" if secret else "--list-keys")
     if listed.returncode:
-        raise ConfigError(f"pgp:{name}: {_words(listed)}")
+        raise ConfigError(f"pgp:{name}: gpg: {_words(listed)}")
     found: dict[str, bool] = {}  # fingerprint -> whether it can be used
     usable, fingerprint = False, ""
     for line in listed.stdout.decode(errors="replace").splitlines():
@@ -77,7 +77,7 @@ def wrap(data: bytes, fingerprints: Sequence[str]) -> bytes:
     readers = [option for each in fingerprints for option in ("--recipient", each)]
     done = _gpg(*form, "--encrypt", *readers, data=data)
     if done.returncode or not done.stdout:
-        raise ConfigError(f"pgp: {_words(done)}")
+        raise ConfigError(f"gpg: {_words(done)}")
     return done.stdout
 
 
@@ -103,16 +103,17 @@ class SecretKeys:
                 stack.callback(_end_agent, home)
                 done = _gpg("--import", data=self.exported, home=home)
                 if done.returncode:
-                    raise ConfigError(f"{self.name}: {_words(done)}")
+                    raise ConfigError(f"{self.name}: gpg: {_words(done)}")
             password = self.password
             if password is None and self.exported is not None:
                 password = b""  # nobody is asked for that of a file
             done = _gpg(*options, "--decrypt", data=packet, home=home, password=password)
         status = done.stderr.decode(errors="replace")
-        if "[GNUPG:] DECRYPTION_OKAY" in status and not done.returncode:
+        decrypted = "[GNUPG:] DECRYPTION_OKAY" in status
+        if decrypted and not done.returncode:
             return done.stdout
-        if "pkdecrypt_failed" in status:  # it is for one of the keys
-            raise ConfigError(f"{self.name}: cannot be used: wrong password? {_words(done)}")
+        if decrypted or "pkdecrypt_failed" in status:  # it is for one of the keys
+            raise ConfigError(f"{self.name}: gpg cannot decrypt with it: {_words(done)}")
         return None
 
 
@@ -146,10 +147,10 @@ def _gpg(
 
 
 def _words(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What gpg said at last."""
-    lines = done.stderr.decode(errors="replace").splitlines()
-    told = [line for line in lines if line.strip() and not line.startswith("[GNUPG:]")]
-    return told[-1].strip() if told else f"gpg ended with status {done.returncode}"
+    """What gpg says is wrong."""
+    told = re.findall(r"^gpg: (.+)", done.stderr.decode(errors="replace"), re.MULTILINE)
+    failed = [line for line in told if "failed" in line]
+    return next(iter(failed or told[-1:]), f"it ended with status {done.returncode}")
 
 
 def _end_agent(home: str) -> None:
