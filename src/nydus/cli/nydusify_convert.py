@@ -37,12 +37,12 @@ _OF_NYDUS = (
     "merge_platform", "oci_ref", "with_referrer", "oci", "fs_version", "fs_chunk_size", "batch_size",
     "compressor", "fs_align_chunk", "backend_aligned_chunk", "prefetch_dir", "prefetch_patterns",
     "chunk_dict", "chunk_dict_insecure", "build_cache", "build_cache_tag", "build_cache_version",
-    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "no_reuse", "encrypt_recipients",
+    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "encrypt_recipients",
 )  # fmt: skip
 #: What makes no difference to a model artifact, whose layers stay.
 _NOT_OF_MODELS = (
     *(name for name in _OF_NYDUS if name not in ("fs_chunk_size", "prefetch_dir", "prefetch_patterns")),
-    "backend_type", "platform", "all_platforms", "reverse", "source_backend_config",
+    "backend_type", "platform", "all_platforms", "reverse", "source_backend_config", "no_reuse",
 )  # fmt: skip
 _OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
 _OF_SOURCE = ("source_insecure",)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,11 @@ import msgspec
 from nydus.convert.copy import copy_blob, linkable_repository
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.image import Result
+from nydus.convert.layers import repository_of
 from nydus.convert.opened import PREFETCH_BLOB, SourceBackend
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.reuse import Reversed, ReversedLayers, bring
 from nydus.convert.select import Image, reference_name, select
 from nydus.convert.target import require_target
 from nydus.errors import BackendError, ConfigError, NydusError
@@ -67,6 +69,8 @@ class _Work:
     options: ConvertOptions
     progress: Progress
     folder: Path | None
+    record: ReversedLayers | None
+    repository: str
 
 
 def reverse(
@@ -107,7 +111,18 @@ def reverse(
     plans = [_plan(found, reader, str(source), backend, keys) for found in halves]
     link_from = linkable_repository(source, target)
     blobs = backend or SourceBackend(reader)
-    work = _Work(reader, target.open_sink(), blobs, link_from, options, progress, work_dir)
+    record = ReversedLayers(options.record) if options.record else None
+    work = _Work(
+        reader,
+        target.open_sink(),
+        blobs,
+        link_from,
+        options,
+        progress,
+        work_dir,
+        record,
+        repository_of(target),
+    )
     require_target(work.writer, target)
     pulled = time.monotonic()
     progress.note(f"pulled image {source} , elapse {pulled - started:.3f}s")
@@ -218,8 +233,12 @@ def _layer(
     """One layer in the target: its descriptor and diff id."""
     docker = plan.found.manifest.media_type == model.DOCKER_MANIFEST
     media_type = model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP
+    source = " ".join((plan.found.manifest.layers[-1].digest, layer.digest if layer else ""))
     try:
-        if layer and (digest := layer.annotations.get(model.NYDUS_REF)):
+        if known := _made_before(work, source):
+            made = Descriptor(media_type=media_type, digest=known.digest, size=known.size), known.diff_id
+            state.reused = True
+        elif layer and (digest := layer.annotations.get(model.NYDUS_REF)):
             size = work.reader.blob_size(digest)
             copy_blob(work.reader, work.writer, LayerProgress(0, digest, size), work.link_from)
             diff_id = _diff_id(work.reader, digest, size)
@@ -234,10 +253,22 @@ def _layer(
                         raise
     except NydusError as error:
         raise NydusError(f"layer {state.number}: {error}") from error
-    size = made[0].size
+    digest, size = made[0].digest, made[0].size
+    if work.record:
+        home = work.repository or (known.repository if known else "")
+        work.record.add(Reversed(source=source, digest=digest, size=size, diff_id=made[1], repository=home))
     state.state, state.downloaded, state.built, state.uploaded = "done", state.size, size, size
     work.progress.changed(state)
     return made
+
+
+def _made_before(work: _Work, source: str) -> Reversed | None:
+    """A layer that an earlier run made, if the target has it or can link it."""
+    known = work.record.find(source) if work.record else None
+    with suppress(NydusError):
+        if known and bring(known.digest, known.size, known.repository, work.writer, work.repository):
+            return known
+    return None
 
 
 def _rebuild(
