@@ -16,8 +16,11 @@ from faulty import FaultyRegistry
 
 from nydus.convert.copy import copy
 from nydus.convert.opened import open_nydus, put_variant
+from nydus.daemon.client import DaemonClient
 from nydus.oci import model
-from nydus.oci.place import ArchivePlace, RegistryPlace
+from nydus.oci.archive import write_archive
+from nydus.oci.layout import Layout
+from nydus.oci.place import ArchivePlace, LayoutPlace, RegistryPlace
 from nydus.oci.reference import parse
 
 pytestmark = [pytest.mark.vectors, pytest.mark.root]
@@ -98,7 +101,18 @@ def test_a_mount_and_its_end(
             assert {"a", "hard2"} <= set(names)
             files = [path for path in mountpoint.rglob("*") if path.is_file() and not path.is_symlink()]
             assert sum(len(path.read_bytes()) for path in files) > 1000
-            assert (folder / "tmp").is_dir()
+            work = folder / "tmp"
+            assert found["work_dir"] == str(work)
+            assert sorted(path.name for path in work.iterdir()) == [
+                "fs", "nydus_bootstrap", "nydus_config.json", "nydus_manifest.json"
+            ]  # fmt: skip
+            assert json.loads((work / "nydus_manifest.json").read_bytes())["layers"]
+            assert json.loads((work / "nydus_config.json").read_bytes())["os"] == "linux"
+            assert {"nydus_api.sock", "nydus_blobs", "nydusd_config.json"} <= {
+                path.name for path in (work / "fs").iterdir()
+            }
+            assert (work / "fs/nydus_api.sock").resolve() == Path(str(found["api_socket"])).resolve()
+            assert DaemonClient(str(found["api_socket"])).state() == "RUNNING"
         finally:
             end(process)
             stdout, stderr = process.communicate(timeout=30)
@@ -182,3 +196,92 @@ def test_an_image_that_cannot_be_mounted(server: FaultyRegistry, image: str, tmp
         stderr = process.communicate(timeout=30)[1]
         assert process.returncode == 1 and "is not a Nydus image" in stderr
     nothing_is_left(folder)
+
+
+@pytest.mark.parametrize("name", ["v6-zstd.tar", "v5-zstd.tar.gz", "layout", "oci-ref.tar.zst"])
+def test_images_in_files(vectors: Path, tmp_path: Path, name: str) -> None:
+    folder, path = tmp_path / "cwd", tmp_path / name
+    image = name.partition(".")[0]
+    layout = path if name == "layout" else tmp_path / "made"
+    source = ArchivePlace(vectors / f"oci/{'v6-zstd' if name == 'layout' else image}.tar")
+    copy(source, LayoutPlace(layout, "latest"))
+    if name == "oci-ref.tar.zst":  # the vector's layers are in the image it was made of
+        copy(ArchivePlace(vectors / "oci/source.tar"), LayoutPlace(tmp_path / "source"))
+        for blob in (tmp_path / "source/blobs/sha256").iterdir():
+            (layout / "blobs/sha256" / blob.name).write_bytes(blob.read_bytes())
+    if name != "layout":
+        write_archive(Layout(layout), path, parse("r.io/app:latest"))
+    with start(folder, f"file://{path}") as process:
+        try:
+            mounted(process)
+            assert (folder / "image-fs/a").is_dir() or (folder / "image-fs/a").exists()
+            files = [each for each in (folder / "image-fs").rglob("*") if each.is_file()]
+            assert sum(len(each.read_bytes()) for each in files if not each.is_symlink()) > 1000
+        finally:
+            process.terminate()
+            stderr = process.communicate(timeout=30)[1]
+        assert process.returncode == 0 and stderr == ""
+    nothing_is_left(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_end_while_an_archive_is_unpacked(vectors: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder, layout = tmp_path / "cwd", tmp_path / "made"
+    copy(ArchivePlace(vectors / "oci/v6-zstd.tar"), LayoutPlace(layout, "latest"))
+    big = layout / "blobs/sha256" / ("0" * 64)
+    with open(big, "wb") as file:
+        file.truncate(3 << 30)
+    path = tmp_path / "big.tar.zst"
+    write_archive(Layout(layout), path, parse("r.io/app:latest"))
+    with start(folder, f"file://{path}") as process:
+        deadline = time.monotonic() + 30
+        while not list((folder / "tmp").glob("nydusify-*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        stderr = process.communicate(timeout=30)[1]
+        assert process.returncode == 128 + number and "Traceback" not in stderr
+    nothing_is_left(folder)
+
+
+def test_a_work_folder_is_for_one_mount(image: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
+    with start(folder, image) as process:
+        try:
+            mounted(process)
+            with start(folder, image, "--mount-path", "second") as other:
+                assert "another mount uses it" in other.communicate(timeout=30)[1]
+                assert other.returncode == 1
+            assert os.path.ismount(folder / "image-fs") and (folder / "tmp/nydus_bootstrap").exists()
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+    nothing_is_left(folder)
+    (folder / "tmp/fs").mkdir(parents=True)
+    (folder / "tmp/fs/mine").write_text("")
+    with start(folder, image) as process:
+        assert "has something called fs" in process.communicate(timeout=30)[1]
+    assert (folder / "tmp/fs/mine").exists() and not (folder / "image-fs").exists()
+
+
+def test_a_mount_after_one_that_was_killed(image: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
+    with start(folder, image) as process:
+        pid = mounted(process)["pid"]
+        process.kill()
+        process.communicate(timeout=30)
+    with start(folder, image) as process:  # the daemon lives on
+        assert "another mount uses it" in process.communicate(timeout=30)[1]
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while os.path.ismount(folder / "image-fs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with start(folder, image) as process:
+        try:
+            mounted(process)
+        finally:
+            process.terminate()
+            assert process.communicate(timeout=30)[1] == ""
+    assert list((folder / "tmp").iterdir()) == [] and list((folder / "image-fs").iterdir()) == []

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from nydus.errors import ConfigError, MountError, NydusError
 from nydus.oci.auth import Credentials
 from nydus.oci.connections import held
 from nydus.oci.mirrored import MirroredPlace
-from nydus.oci.place import LayoutPlace, RegistryPlace, SourcePlace
+from nydus.oci.model import NYDUS_REF, Manifest
+from nydus.oci.place import LayoutPlace, RegistryPlace, Source, SourcePlace, proxy_for
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 20.0
+_PIECE = 4 << 20
 #: What fits into the address of a UNIX socket, with room for names that the daemon derives.
 _SOCKET_PATH = 96
 
@@ -33,16 +36,20 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
     """The ``device.backend`` of a daemon that reads blobs from the repository of an image."""
     reference, mine = place.reference, place.credentials
     scheme, host = "http" if place.plain_http else "https", reference.endpoint
-    server = place.server if isinstance(place, MirroredPlace) else None
-    if server:  # the sign-in data are its own, too
-        scheme, _, host = server.url.partition("://")
-        mine = server.credentials()
+    insecure, authorities, proxy = place.insecure, list(place.certificates.ca), place.proxy
+    if isinstance(place, MirroredPlace) and (server := place.server):
+        # The sign-in data are its own, too.
+        scheme, host, mine = server.scheme, server.name, place.credentials_of(server)
+        if not server.for_origin:
+            raise ConfigError(f"{host}: nydusd cannot use path, client or header of a server in hosts.toml")
+        insecure, proxy = server.skip_verify, server.proxy or proxy_for(scheme, host)
+        authorities += [path for path in server.ca if path not in authorities]
     config: dict[str, Any] = {
         "scheme": scheme,
         "host": host,
         "repo": reference.repository,
-        "skip_verify": place.insecure,
-        "ca_cert_files": list(place.certificates.ca),
+        "skip_verify": insecure,
+        "ca_cert_files": authorities,
         "timeout": 30,
         "connect_timeout": 5,
     }
@@ -52,8 +59,8 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
         config["registry_token"] = mine.registry_token
     elif mine:
         raise ConfigError(f"{host}: nydusd cannot use an identity token; log in with a password")
-    if place.proxy:
-        config["proxy"] = {"url": place.proxy, "fallback": False}
+    if proxy:
+        config["proxy"] = {"url": proxy, "fallback": False}
     if isinstance(place, MirroredPlace):
         _add_mirrors(config, place, mine)
     return {"type": "registry", "config": config}
@@ -63,13 +70,13 @@ def _add_mirrors(config: dict[str, Any], place: MirroredPlace, mine: Credentials
     """Has the daemon read where we do.
 
     It shows all hosts the same sign-in data and verifies their certificates in the same way, so that mirrors
-    for which these are not meant are left out; what they have is in the registry, too.
+    for which these are not meant, or that want more, are left out; what they have is in the registry, too.
     """
     trusting = config["skip_verify"]
-    mirrors = [host for host in place.mirrors if trusting or not host.skip_verify]
+    mirrors = [host for host in place.mirrors if host.for_mirror and (trusting or not host.skip_verify)]
     if mine:
-        mirrors = [host for host in mirrors if host.credentials() == mine]
-    config["mirrors"] = [{"host": host.url, "headers": dict(host.headers)} for host in mirrors]
+        mirrors = [host for host in mirrors if place.credentials_of(host) == mine]
+    config["mirrors"] = [{"host": host.address, "headers": dict(host.headers)} for host in mirrors]
     for host in mirrors:
         config["ca_cert_files"] += [path for path in host.ca if path not in config["ca_cert_files"]]
 
@@ -78,7 +85,7 @@ def backend_of(place: SourcePlace) -> dict[str, Any]:
     """The ``device.backend`` for an image.
 
     Raises:
-        ConfigError: the blobs of an archive cannot be mounted in place.
+        ConfigError: the blobs of an archive cannot be mounted in place; see :func:`unpack`.
     """
     if isinstance(place, RegistryPlace):
         return registry_backend(place)
@@ -86,6 +93,39 @@ def backend_of(place: SourcePlace) -> dict[str, Any]:
         folder = (place.path / "blobs" / "sha256").absolute()
         return {"type": "localfs", "config": {"dir": str(folder)}}
     raise ConfigError(f"{place}: the image in an archive cannot be mounted; unpack the archive first")
+
+
+def unpack(source: Source, manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Has the blobs of a Nydus image in a folder, which is made; the ``device.backend`` for them.
+
+    Of an index over ordinary layers (oci-ref) these are had, too.
+
+    Raises:
+        BackendError: a blob is damaged. NydusError: the folder cannot be written.
+    """
+    sizes: dict[str, int | None] = {}
+    for layer in manifest.layers[:-1]:
+        sizes[layer.digest] = layer.size
+        if reference := layer.annotations.get(NYDUS_REF):
+            sizes.setdefault(reference, None)
+    try:
+        folder.mkdir()
+        for digest, size in sizes.items():
+            with closing(source.blob(digest, size)) as stream:
+                with open(folder / digest.partition(":")[2], "wb") as file:
+                    while piece := stream.read(_PIECE):
+                        file.write(piece)
+    except OSError as error:
+        raise NydusError(f"{error.filename or folder}: {error.strerror}") from error
+    return {"type": "localfs", "config": {"dir": str(folder.absolute())}}
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A daemon that serves a mounted image, and the socket of its API."""
+
+    process: subprocess.Popen[bytes]
+    socket: Path
 
 
 @contextmanager
@@ -97,16 +137,14 @@ def mounted(
     *,
     prefetch: bool = False,
     nydusd: str = "",
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Mount]:
     """Mounts an image while the context lasts; afterwards nothing is left of mount and daemon.
 
     Args:
         mountpoint: an existing folder.
-        folder: for the daemon's configuration, socket, log and cache.
+        folder: for the daemon's configuration, socket, log and cache. The name of a socket is short; where
+            this one's would be too long it is a symbolic link.
         nydusd: command; the one of this package by default.
-
-    Yields:
-        The daemon.
 
     Raises:
         MountError: the daemon did not get the image mounted; the text is its own.
@@ -128,7 +166,9 @@ def mounted(
     elsewhere = ""
     if len(os.fsencode(socket.absolute())) > _SOCKET_PATH:
         elsewhere = tempfile.mkdtemp(prefix="nydusify-")
-        socket = Path(elsewhere) / socket.name
+        link, socket = socket, Path(elsewhere) / socket.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(socket)
     descriptor = os.open(config_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # it may hold a password
     with os.fdopen(descriptor, "w") as file:
         json.dump(config, file)
@@ -146,7 +186,7 @@ def mounted(
             raise MountError(f"cannot start {command[0]}: {error.strerror}") from error
         try:
             _wait(process, DaemonClient(socket), log)
-            yield process
+            yield Mount(process, socket)
         finally:
             _stop(process, mountpoint)
             if elsewhere:
