@@ -87,7 +87,7 @@ def test_threads_end_with_the_build() -> None:
     before = threading.active_count()
     data = archive()
     build(data)
-    for cut in (700, 100_000, 2_000_000):
+    for cut in (300, 100_000, 2_000_000):
         with pytest.raises(FormatError):
             build(data[:cut])
 

@@ -359,6 +359,30 @@ def test_ends(end: bytes) -> None:
     assert paths(build(data + end)[0].tree) == ["/", "/a"]
 
 
+@pytest.mark.parametrize("left", [5, 6, 511])
+def test_the_padding_of_the_last_member_may_be_missing(left: int) -> None:
+    """umoci 0.4 inserts such layers, and Go reads them."""
+    from nydus.build.zran import build_reference
+
+    data = archive(file("first", b"12345"), file("last", b"67890"))[: 3 * 512 + left]
+    result, blob = build(data)
+    assert content(result, blob, b"/last") == b"67890"
+    options = BuildOptions(compression=Compression.GZIP, workers=1)
+    found = build_reference(io.BytesIO(isal_gzip(data)), lambda _: None, options, where="test")
+    assert paths(found.tree) == ["/", "/first", "/last"]
+    for bad in (data[: 3 * 512 + 4], data[:1100]):
+        with pytest.raises(FormatError, match="too early"):
+            build(bad)
+        with pytest.raises(FormatError, match="too early"):
+            build_reference(io.BytesIO(isal_gzip(bad)), lambda _: None, options, where="test")
+
+
+def test_a_whiteout_in_what_is_a_file_now() -> None:
+    """umoci lists what was in the directory, too; it says nothing that the file does not."""
+    result, _ = build(archive(file("d", b"x"), file("d/.wh.a"), file("d/e/.wh.b"), file("f/.wh.c")))
+    assert paths(result.tree) == ["/", "/d", "/f", "/f/.wh.c"]
+
+
 def test_hostile_sizes_cost_nothing() -> None:
     """Declared sizes are not believed before the bytes are there."""
     for size in (1 << 40, 1 << 62):

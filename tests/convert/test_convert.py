@@ -157,12 +157,13 @@ def test_a_directory_that_a_layer_only_implies_keeps_its_attributes(
     server: FaultyRegistry, tmp_path: Path
 ) -> None:
     """Otherwise /secret of the lower layer would become readable by everybody."""
-    lower, upper = layer_of("secret/", "secret/a", mode=0o700), layer_of("secret/b", "new/c")
+    lower, upper = layer_of("./", "secret/", "secret/a", mode=0o700), layer_of("secret/b", "new/c")
     source = put_image(server, "implied", lower, upper)
     options = ConvertOptions(record=tmp_path / "record")
     for tag in ("n1", "n2"):  # the second from the record
         result = image(source, place(f"{server.host}/small:{tag}"), options)
         found = listing(tree_of(place(f"{server.host}/small:{tag}").open(), tag))
+        assert found["/"][:2] == (0o40700, 7)
         assert found["/secret"][:2] == (0o40700, 7) and found["/secret"][4] == 1234567
         assert found["/new"][:2] == (0o40755, 0)
     assert [layer.reused for layer in result.layers] == [True, True]

@@ -143,6 +143,7 @@ class GzipWindow:
         self._input_end = 0  # where the input ends in the stored stream
         self._last_byte = 0  # of the input before
         self._skipped = 0
+        self._padding = 0  # how much of what was skipped may be missing at the end
         self._ended = False
         self._out = 0  # plain bytes inflated, without the rest of the buffer
         self._checked = 0  # … of which are in the checksum
@@ -191,7 +192,7 @@ class GzipWindow:
             self.settle()
         skipped, self._skipped = self._skipped, 0
         found = self._inflate(skipped + 512) - skipped
-        if not found:
+        if -self._padding <= found <= 0:
             return None
         if found < 512:
             raise self._too_early()
@@ -202,15 +203,24 @@ class GzipWindow:
     def skip(self, size: int) -> None:
         """Pass over bytes; the work is done together with what is read next."""
         self._skipped += size
+        self._padding = 0
         self.position += size
+
+    def pad(self, size: int) -> None:
+        """Pass over padding, which may be missing at the end of the stream."""
+        self.skip(size)
+        self._padding = size
 
     def settle(self) -> None:
         """Inflate up to :attr:`position`, so that :attr:`consumed` and :attr:`boundary` are of there."""
         while self._skipped:
             step = min(self._skipped, _BUFFER)
-            if self._inflate(step) < step:
-                raise self._too_early()
-            self._skipped -= step
+            found = self._inflate(step)
+            self._skipped -= found
+            if found < step:
+                if self._skipped > self._padding:
+                    raise self._too_early()
+                self._skipped = 0
 
     def drain(self) -> None:
         """Read to the end, so that every checksum has been compared and the whole layer was seen."""

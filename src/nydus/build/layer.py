@@ -192,6 +192,8 @@ def add_entry(builder: TreeBuilder, entry: Entry, options: BuildOptions) -> int 
     kind = mode & 0o170000
     if stargz_special(name):
         return None
+    if b"/.wh." in name and builder.lies_in_file(name):
+        return None  # umoci lists what was in a directory even where a file has taken its place
     uid, gid = (entry.uid, entry.gid) if options.owners else (0, 0)
     if entry.hard_link:
         builder.link(name, entry.link, (mode, uid, gid, entry.mtime))

@@ -145,6 +145,8 @@ class _Overlay:
             if merged or dropped:
                 merged.update(added)
                 self.changed[base + row] = merged
+        if layer and self.implied[layer][0]:
+            self.attributes[base] = self.attributes.get(self.root, self.root)
         self.root = base
 
     root: _Node = 0

@@ -236,18 +236,30 @@ class Window:
             self.take(step)
             size -= step
 
+    def pad(self, size: int) -> None:
+        """Pass over padding, which may be missing at the end of the stream."""
+        while size > 0 and self._fill():
+            step = min(size, len(self._view) - self._next)
+            self._next += step
+            self.position += step
+            size -= step
+
     def header(self) -> bytes | None:
         """The next 512 bytes; None at the end of the stream.
 
         Raises:
             FormatError: the stream ends within them.
         """
+        return bytes(self.take(512)) if self._fill() else None
+
+    def _fill(self) -> bool:
+        """Have a byte to give out; False at the end of the stream."""
         while self._next == len(self._view):
             block = next(self._blocks, None)
             if block is None:
-                return None
+                return False
             self._view, self._next = memoryview(block), 0
-        return bytes(self.take(512))
+        return True
 
     def drain(self) -> None:
         """Read to the end, for the sake of whoever writes the other end of a pipe."""

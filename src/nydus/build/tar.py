@@ -89,6 +89,8 @@ class Stream(Protocol):
 
     def skip(self, size: int) -> None: ...
 
+    def pad(self, size: int) -> None: ...
+
     def drain(self) -> None: ...
 
 
@@ -150,7 +152,9 @@ class TarReader:
             self._before = entry.name
             end = window.position + entry.stored
             yield entry
-            window.skip(end - window.position + -end % 512)
+            window.skip(end - window.position)
+            # Go does not miss that of the last member, which umoci 0.4 does not write.
+            window.pad(-end % 512)
             self._name = b""
         window.drain()
 

@@ -78,7 +78,7 @@ class TreeBuilder:
         self._known: dict[bytes, int] = {}
         self._waiting: list[tuple[bytes, bytes, tuple[int, int, int, int] | None]] = []
         self._numbering: Numbering | None = None
-        self.add_inode(_IMPLICIT_MODE, rdev=rdev)
+        self._imply()
 
     def __len__(self) -> int:
         """Inodes so far."""
@@ -219,6 +219,18 @@ class TreeBuilder:
         entries[name] = number
         return number
 
+    def lies_in_file(self, path: bytes) -> bool:
+        """Whether something on the way to a path is there, but is neither a directory nor a symbolic link."""
+        number = 0
+        for part in _clean(path)[:-1]:
+            entries = self._children.get(number)
+            if entries is None:
+                return number not in self._targets
+            if part not in entries:
+                return False
+            number = entries[part]
+        return number not in self._children and number not in self._targets
+
     def locate(self, path: bytes) -> tuple[int, bytes]:
         """The directory inode and last component of a path (``b""`` for the root), parents made as needed."""
         trimmed = path.rstrip(b"/")
@@ -250,8 +262,7 @@ class TreeBuilder:
             if number is None:
                 if len(part) > NAME_MAX:
                     raise self._fail("a name is too long", path)
-                number = entries[part] = self.add_inode(_IMPLICIT_MODE, rdev=self._rdev)
-                struct.pack_into("<H", self._rows, number * _SIZE + _FLAGS_AT, NodeFlag.IMPLIED)
+                number = entries[part] = self._imply()
             if number in self._children:
                 stack.append(number)
                 continue
@@ -265,6 +276,12 @@ class TreeBuilder:
                 stack = [0]
             todo += [part for part in reversed(target.split(b"/")) if part not in (b"", b".")]
         return stack[-1]
+
+    def _imply(self) -> int:
+        """Make a directory that nothing describes, and return its inode."""
+        number = self.add_inode(_IMPLICIT_MODE, rdev=self._rdev)
+        struct.pack_into("<H", self._rows, number * _SIZE + _FLAGS_AT, NodeFlag.IMPLIED)
+        return number
 
     def _fail(self, what: str, path: bytes) -> FormatError:
         return FormatError(f"{what}: {path[:200].decode(errors='backslashreplace')}", where=self._where)

@@ -257,7 +257,8 @@ class Overlay:
             return
         if parts and parts[-1].startswith(_WHITEOUT):
             whiteouts.append(parts)
-            self._parent(layer, parts)
+            if not _lies_in_file(layer, parts):
+                self._parent(layer, parts)
             return
         if member.islnk():
             entry = self._linked(layer, _parts(member.linkname))
@@ -364,6 +365,15 @@ class Overlay:
         return found
 
 
+def _lies_in_file(node: _Node, parts: list[str]) -> bool:
+    """Whether a path leads through something that is no directory; umoci writes such whiteouts."""
+    for part in parts[:-1]:
+        if node.children is None or part not in node.children:
+            break
+        node = node.children[part]
+    return node.children is None
+
+
 def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
 
@@ -375,15 +385,19 @@ def _drain(stream: Stream) -> None:
 
 
 class _Hashed:
-    """Hashes what is read."""
+    """Hashes what is read, and gives the last member of an archive the padding that umoci leaves out."""
 
     def __init__(self, source: IO[bytes]) -> None:
         self._source = source
+        self._size = 0
         self.digest = hashlib.sha256()
 
     def read(self, size: int) -> bytes:
         data = self._source.read(size)
         self.digest.update(data)
+        if not data:
+            data = bytes(-self._size % 512)
+        self._size += len(data)
         return data
 
 
