@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oci"))
 
+import docker_registry as real
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify
 
@@ -29,6 +31,15 @@ def source(server: FaultyRegistry, vectors: Path) -> str:
     copy(ArchivePlace(vectors / "oci/source.tar"), RegistryPlace(parse(reference), plain_http=True))
     server.seen.clear()
     return reference
+
+
+@pytest.fixture
+def docker_registry(tmp_path: Path) -> Iterator[str]:
+    """The host of an empty docker-registry that takes everybody."""
+    if not shutil.which("docker-registry"):
+        pytest.skip("docker-registry is not installed")
+    with real.registry(tmp_path) as host:
+        yield host
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -233,83 +231,6 @@ def test_an_interrupted_conversion_goes_on(nydusify: Nydusify, server: FaultyReg
     fresh = json.loads(nydusify(*command, "--json", "--no-reuse").stdout)
     assert not any(layer["reused"] for layer in fresh["layers"])
     assert fresh["digest"] == found["digest"]
-
-
-# Independent registries and tools
-
-
-@pytest.fixture
-def docker_registry(tmp_path: Path) -> Iterator[str]:
-    command = shutil.which("docker-registry")
-    if command is None or shutil.which("skopeo") is None:
-        pytest.skip("docker-registry and skopeo are not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{free.getsockname()[1]}"
-    config = tmp_path / "config.yml"
-    config.write_text(
-        f'version: 0.1\nstorage: {{filesystem: {{rootdirectory: "{tmp_path}/data"}}}}\n'
-        f'http: {{addr: "{host}"}}\n'
-        "log: {level: error, accesslog: {disabled: true}}\n"
-    )
-    with subprocess.Popen([command, "serve", config], stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 10
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2]))).close()
-                    break
-                except OSError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
-            yield host
-        finally:
-            process.terminate()
-
-
-def skopeo(*arguments: str) -> str:
-    return subprocess.run(
-        ["skopeo", *arguments], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-
-
-def test_between_skopeo_and_docker_registry(
-    nydusify: Nydusify, docker_registry: str, vectors: Path, tmp_path: Path
-) -> None:
-    archive = f"oci-archive:{vectors}/oci/source.tar"
-    skopeo("copy", "-q", "--dest-tls-verify=false", archive, f"docker://{docker_registry}/small:latest")
-    target = f"{docker_registry}/a/b:nydus"
-    done = nydusify("convert", "--source", f"{docker_registry}/small", "--target", target, "--plain-http")
-    assert done.returncode == 0, done.stderr
-    # skopeo checks every digest on its way
-    skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{target}", f"dir:{tmp_path}/dir")
-    done = nydusify(
-        "copy", "--source", target, "--target", f"{docker_registry}/chunked:v1", "--plain-http",
-        "--push-chunk-size", "7kB",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    skopeo(
-        "copy", "-q", "--src-tls-verify=false", f"docker://{docker_registry}/chunked:v1", f"dir:{tmp_path}/d"
-    )
-    found = json.loads(skopeo("inspect", "--tls-verify=false", f"docker://{target}"))
-    assert len(found["Layers"]) == 4 and found["Architecture"] == "amd64"
-    done = nydusify(
-        "convert", "--source", f"{docker_registry}/small:none", "--target", target, "--plain-http"
-    )
-    assert "404" in one_fatal_line(done)
-
-
-def test_skopeo_reads_and_writes_the_embedded_registry(
-    server: FaultyRegistry, vectors: Path, tmp_path: Path
-) -> None:
-    if shutil.which("skopeo") is None:
-        pytest.skip("skopeo is not installed")
-    archive = f"oci-archive:{vectors}/oci/v6-zstd.tar"
-    skopeo("copy", "-q", "--dest-tls-verify=false", archive, f"docker://{server.host}/x/y:v1")
-    skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{server.host}/x/y:v1", f"dir:{tmp_path}/dir")
-    assert json.loads(skopeo("list-tags", "--tls-verify=false", f"docker://{server.host}/x/y"))["Tags"] == [
-        "v1"
-    ]
 
 
 def test_what_a_check_leaves(nydusify: Nydusify, source: str, tmp_path: Path) -> None:
