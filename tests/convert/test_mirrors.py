@@ -13,7 +13,8 @@ from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy
 from nydus.convert.mounting import registry_backend
-from nydus.oci.mirrored import Host, MirroredPlace
+from nydus.oci.hosts import Host
+from nydus.oci.mirrored import MirroredPlace
 from nydus.oci.place import ArchivePlace, RegistryPlace, registry_place
 from nydus.oci.reference import parse
 

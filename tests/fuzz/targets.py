@@ -24,7 +24,7 @@ from nydus.build.layer import BuildOptions, build_layer
 from nydus.daemon import config as daemon_config
 from nydus.errors import BackendError, NydusError
 from nydus.image import Image
-from nydus.oci import auth, model, reference
+from nydus.oci import auth, hosts, model, reference
 from nydus.oci.auth import Credentials
 from nydus.oci.registry import Registry
 from nydus.rafs import blobmeta, toc
@@ -32,7 +32,6 @@ from nydus.rafs.device import as_erofs
 from nydus.rafs.model import BlobFeature, BlobInfo, Compression, Digester
 from nydus.rafs.verify import verify
 from nydus.snapshotter import config as snapshotter_config
-from nydus.snapshotter import mirrors
 from nydus.storage.backend import MeteredBackend
 from nydus.storage.decode import Decoder
 
@@ -439,7 +438,7 @@ def hosts_document(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hosts.toml"
         path.write_bytes(data)
-        mirrors._parse(path)
+        hosts._read(path)
 
 
 def name(data: bytes) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nydus.durations import duration
 from nydus.errors import ConfigError
-from nydus.snapshotter.config import duration, load
+from nydus.snapshotter.config import load
 
 
 def write(path: Path, text: str) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from nydus.errors import ConfigError
+from nydus.oci import hosts as registry_hosts
 from nydus.oci.reference import parse
 from nydus.snapshotter import labels as label
-from nydus.snapshotter import mirrors
 from nydus.snapshotter.template import Template, without_secrets, write
 
 
@@ -128,7 +128,7 @@ server = "https://example.com:5000"
         "http://127.0.0.1:65001",
         "https://backup.example.com",
     ]
-    assert config["mirrors"][0]["headers"] == {"X-Dragonfly-Registry": "https://example.com:5000"}
+    assert config["mirrors"][0]["headers"] == {"X-Dragonfly-Registry": "https://example.com:5000, second"}
     assert (config["mirrors"][0]["failure_limit"], config["scheme"]) == (3, "https")
     assert config["ca_cert_files"] == [str(tmp_path / "h" / "example.com_5000_" / "ca.pem")]
     other = template.fill("/", parse("other.com/a"), {})["device"]["backend"]["config"]
@@ -148,8 +148,8 @@ def test_a_host_entry_for_the_registry_itself_gives_the_scheme(tmp_path: Path) -
 def test_docker_hub_and_default_directories(tmp_path: Path) -> None:
     hosts(tmp_path, "index.docker.io", '[host."http://hub"]')
     hosts(tmp_path, "_default", '[host."http://any"]')
-    assert mirrors.load(tmp_path, "docker.io").mirrors[0].url == "http://hub"
-    assert mirrors.load(tmp_path, "quay.io").mirrors[0].url == "http://any"
+    assert registry_hosts.load(tmp_path, "docker.io").mirrors[0].url == "http://hub"
+    assert registry_hosts.load(tmp_path, "quay.io").mirrors[0].url == "http://any"
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_docker_hub_and_default_directories(tmp_path: Path) -> None:
 def test_a_wrong_hosts_file_is_named(tmp_path: Path, text: str) -> None:
     hosts(tmp_path, "_default", text)
     with pytest.raises(ConfigError, match=r"_default/hosts\.toml"):
-        mirrors.load(tmp_path, "x.io")
+        registry_hosts.load(tmp_path, "x.io")

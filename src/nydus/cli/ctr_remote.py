@@ -78,40 +78,31 @@ def rpull(
 ) -> None:
     """Pull the image REF, leaving in the registry what the snapshotter loads when it is used."""
     from nydus.convert.select import parse_platform
-    from nydus.oci.auth import docker_credentials
+    from nydus.oci.auth import Credentials, docker_credentials
+    from nydus.oci.certificates import Certificates
+    from nydus.oci.mirrored import mirrored
+    from nydus.oci.place import RegistryPlace
     from nydus.oci.reference import parse
-    from nydus.oci.registry import Registry
-    from nydus.snapshotter import mirrors
     from nydus.snapshotter.pull import Client
     from nydus.snapshotter.template import is_loopback
 
     started = time.monotonic()
     name = parse(reference)
-    host, authorities = name.endpoint, [str(tlscacert)] if tlscacert else []
-    plain_http = plain_http or is_loopback(host)
+    place = RegistryPlace(
+        name,
+        plain_http or is_loopback(name.endpoint),
+        skip_verify,
+        Credentials(*_user(user)) if user else docker_credentials(name.host),
+        certificates=Certificates((str(tlscacert),)) if tlscacert else Certificates(),
+    )
     if hosts_dir is not None:
-        hosts = mirrors.load(hosts_dir, name.host)
-        # The first place that is named, as containerd tries it.
-        urls = [mirror.url for mirror in hosts.mirrors] + ([hosts.server] if hosts.server else [])
-        if urls:
-            scheme, _, host = urls[0].partition("://")
-            plain_http = scheme == "http"
-        authorities += [path for mirror in hosts.mirrors for path in mirror.ca]
-        skip_verify = skip_verify or any(mirror.skip_verify for mirror in hosts.mirrors)
-    credentials = _user(user) if user else docker_credentials(name.host)
-    with (
-        Registry(
-            host,
-            plain_http=plain_http,
-            skip_verify=skip_verify,
-            ca_certs=authorities,
-            credentials=credentials,
-        ) as registry,
-        Client(*target, snapshotter) as client,
-    ):
+        place, unused = mirrored(place, hosts_dir)
+        for text in unused:
+            click.echo(f"warning: {text}", err=True)
+    with Client(*target, snapshotter) as client:
         done = client.pull(
             name,
-            registry.repository(name.repository),
+            place.open(),
             platform=parse_platform(platform) if platform else None,
             image_labels=dict(_label(text) for text in labels),
             said=click.echo,

@@ -26,7 +26,6 @@ _TRUE, _FALSE = {"1", "t", "T", "true", "TRUE", "True"}, {"0", "f", "F", "false"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Seconds that a program which was told to end has for ending in order.
 _PATIENCE = 6.0
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class GoCommand(click.Command):
@@ -133,20 +132,6 @@ def tell_unused(ctx: click.Context, log: Log, names: Sequence[str], why: str) ->
             log.warning(f"{parameter.opts[0]} has no effect {why}")
 
 
-def duration(text: str) -> float:
-    """Seconds of a Go duration such as ``1m30s``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    parts = re.findall(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)", text)
-    if "".join(a + b for a, b in parts) != text or not parts:
-        if text == "0":
-            return 0.0
-        raise ConfigError(f"{text!r} is not a duration such as 5s or 1m30s")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
 def number(text: str) -> int:
     """A decimal or ``0x`` number.
 
@@ -227,6 +212,11 @@ def _end_soon(log: Log) -> None:
 def _cut_connections() -> None:
     if connections := sys.modules.get("nydus.oci.connections"):  # it takes its time to be imported
         connections.interrupt()
+
+
+def warn(text: str) -> None:
+    """Says what is no error, where no log is at hand."""
+    _current(Log()).warning(text)
 
 
 _log: list[Log] = []

@@ -15,7 +15,6 @@ from nydus.cli.gostyle import (
     GoCommand,
     byte_size,
     decryption_key,
-    duration,
     given,
     number,
     option,
@@ -26,6 +25,7 @@ from nydus.cli.gostyle import (
 from nydus.cli.logs import Log, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
+from nydus.durations import duration
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nydus.cli.gostyle import warn
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
@@ -131,34 +132,20 @@ def source_registry(reference: Reference, *, plain_http: bool, insecure: bool) -
     Raises:
         ConfigError: a ``hosts.toml`` is wrong.
     """
-    from nydus.oci.mirrored import Host, MirroredPlace
     from nydus.oci.place import registry_place
 
     place = registry_place(reference, plain_http=plain_http, insecure=insecure)
     folder = os.environ.get(HOSTS_DIR)
     if not folder:
         return place
-    from nydus.snapshotter import mirrors
+    from nydus.oci.mirrored import mirrored
 
     if not Path(folder).is_dir():
         raise ConfigError(f"--hosts-dir {folder}: not a directory")
-    hosts = mirrors.load(Path(folder), reference.host)
-    if not (hosts.mirrors or hosts.server):
-        return place
-    scheme, _, server = hosts.server.partition("://")
-    itself = server in ("", reference.host, reference.endpoint)
-    return MirroredPlace(
-        place.reference,
-        place.plain_http or (itself and scheme == "http"),
-        place.insecure,
-        place.credentials,
-        place.proxy,
-        certificates=place.certificates,
-        mirrors=tuple(
-            Host(each.url, tuple(each.headers.items()), each.ca, each.skip_verify) for each in hosts.mirrors
-        ),
-        server=None if itself else Host(hosts.server),
-    )
+    place, unused = mirrored(place, Path(folder))
+    for text in unused:
+        warn(text)
+    return place
 
 
 @contextmanager

@@ -35,20 +35,31 @@ def certificates(host: str) -> Certificates:
         ConfigError: a client certificate without key, or a folder that cannot be read.
     """
     for base in ((home() or Path("/")) / ".config/containers/certs.d", *map(Path, _FOLDERS)):
-        folder = base / host
         try:
-            names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+            there = (base / host).is_dir()
         except OSError as error:
-            raise ConfigError(f"{folder}: {error.strerror}") from error
-        if names is None:
-            continue
-        client = []
-        for name in names:
-            if not name.endswith(".cert"):
-                continue
-            key = f"{name.removesuffix('.cert')}.key"
-            if key not in names:
-                raise ConfigError(f"{folder / name}: its key {key} is missing")
-            client.append((str(folder / name), str(folder / key)))
-        return Certificates(tuple(str(folder / n) for n in names if n.endswith(".crt")), tuple(client))
+            raise ConfigError(f"{base / host}: {error.strerror}") from error
+        if there:
+            return certificates_in(base / host)
     return Certificates()
+
+
+def certificates_in(folder: Path) -> Certificates:
+    """What a folder holds.
+
+    Raises:
+        ConfigError: a client certificate without key, or the folder cannot be read.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from error
+    client = []
+    for name in names:
+        if not name.endswith(".cert"):
+            continue
+        key = f"{name.removesuffix('.cert')}.key"
+        if key not in names:
+            raise ConfigError(f"{folder / name}: its key {key} is missing")
+        client.append((str(folder / name), str(folder / key)))
+    return Certificates(tuple(str(folder / n) for n in names if n.endswith(".crt")), tuple(client))

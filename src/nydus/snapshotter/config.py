@@ -6,13 +6,13 @@ An absent key has its default; an empty string counts as absent; every other val
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from nydus.durations import duration
 from nydus.errors import ConfigError
 
 DEFAULT_ROOT = "/var/lib/containerd/io.containerd.snapshotter.v1.nydus"
@@ -231,24 +231,6 @@ def load(path: Path | None, overrides: dict[str, Any]) -> tuple[Config, list[str
     warnings = [f"{where}: unknown key {key} is ignored" for key in _unknown(document, Config, "")]
     _check(config, where)
     return config, warnings + _without_effect(config)
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def duration(text: str) -> float:
-    """Seconds in a duration of Go's form, e.g. ``1m30s``.
-
-    Raises:
-        ConfigError: it is not one.
-    """
-    if text == "0":
-        return 0.0
-    matches = list(_DURATION.finditer(text))
-    if not matches or "".join(match[0] for match in matches) != text:
-        raise ConfigError(f"{text!r} is not a duration such as 24h, 1m30s or 500ms")
-    return sum(float(match[1]) * _UNITS[match[2]] for match in matches)
 
 
 def _check(config: Config, where: str) -> None:

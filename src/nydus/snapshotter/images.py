@@ -22,13 +22,14 @@ import msgspec
 from blake3 import blake3
 
 from nydus.daemon.client import DaemonError
+from nydus.durations import duration
 from nydus.errors import FormatError, NydusError
 from nydus.oci import reference as references
 from nydus.snapshotter import daemons, template
 from nydus.snapshotter import labels as label
 from nydus.snapshotter.access import Access
 from nydus.snapshotter.blobs import Blobs
-from nydus.snapshotter.config import Config, duration
+from nydus.snapshotter.config import Config
 from nydus.snapshotter.daemons import Daemon, Launcher, Watcher
 from nydus.snapshotter.database import Database
 from nydus.snapshotter.errors import FailedPrecondition, NotFound, SnapshotError, Unavailable

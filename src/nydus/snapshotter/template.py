@@ -6,18 +6,20 @@ import base64
 import copy
 import ipaddress
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nydus.errors import ConfigError
+from nydus.oci import hosts
 from nydus.oci.auth import docker_credentials
 from nydus.oci.reference import Reference
 from nydus.snapshotter import labels as label
-from nydus.snapshotter import mirrors
+
+log = logging.getLogger(__name__)
 
 SECRET_KEYS = ("auth", "registry_token", "access_key_id", "access_key_secret")
 
@@ -93,30 +95,45 @@ class Template:
         config["host"], config["repo"] = host, reference.repository
         if self._skip_verify:
             config["skip_verify"] = True
-        hosts = mirrors.load(self._mirrors_dir, reference.host) if self._mirrors_dir else mirrors.Hosts()
-        if hosts.server:
-            parts = urlsplit(hosts.server)
-            config["scheme"], config["host"] = parts.scheme, parts.netloc
-        others = []
+        found = hosts.load(self._mirrors_dir, reference.host) if self._mirrors_dir else hosts.Hosts()
+        for text in found.unused:
+            log.warning("%s", text)
         authorities: list[str] = list(config.get("ca_cert_files") or [])
-        for mirror in hosts.mirrors:
-            authorities += [path for path in mirror.ca if path not in authorities]
-            if mirror.skip_verify:
+
+        def trust(place: hosts.Host) -> None:
+            authorities.extend(path for path in place.ca if path not in authorities)
+            if place.skip_verify:
                 config["skip_verify"] = True
-            parts = urlsplit(mirror.url)
-            if parts.netloc == host and not mirror.headers:
+
+        if server := found.server:
+            if server.url:
+                config["scheme"], config["host"] = server.scheme, server.name
+            if not server.for_origin:
+                raise ConfigError(
+                    f"hosts.toml of {host}: nydusd cannot use path, client or header of the server"
+                )
+            if server.proxy:
+                config["proxy"] = {"url": server.proxy, "fallback": False}
+            trust(server)
+        others = []
+        for mirror in found.mirrors:
+            if mirror.name == host and mirror.for_origin and not mirror.proxy:
                 # Not another place but how the registry itself is reached.
-                config["scheme"] = parts.scheme
-                continue
-            others.append(
-                {
-                    "host": mirror.url,
-                    "headers": mirror.headers,
-                    "ping_url": mirror.ping_url,
-                    "health_check_interval": mirror.health_check_interval,
-                    "failure_limit": mirror.failure_limit,
-                }
-            )
+                trust(mirror)
+                config["scheme"] = mirror.scheme
+            elif mirror.for_mirror:
+                trust(mirror)
+                others.append(
+                    {
+                        "host": mirror.address,
+                        "headers": dict(mirror.headers),
+                        "ping_url": mirror.ping_url,
+                        "health_check_interval": mirror.health_check_interval,
+                        "failure_limit": mirror.failure_limit,
+                    }
+                )
+            else:
+                log.warning("%s: nydusd cannot use client or proxy of a mirror; left out", mirror.url)
         if others:
             config["mirrors"] = others
         if authorities:

@@ -32,7 +32,7 @@ class ProxyConfig(msgspec.Struct):
 
 
 class MirrorConfig(msgspec.Struct):
-    """Another host with the same paths, tried before the origin."""
+    """Another host, tried before the origin; the path of its address, if any, takes the place of ``/v2``."""
 
     host: str
     headers: dict[str, str] = {}

@@ -104,7 +104,11 @@ class RegistryBackend(MeteredBackend):
         )
 
         def registry(
-            host: str, plain_http: bool, proxy: str = "", headers: dict[str, str] | None = None
+            host: str,
+            plain_http: bool,
+            proxy: str = "",
+            headers: dict[str, str] | None = None,
+            root: str = "/v2",
         ) -> Callable[[], Registry]:
             return lambda: Registry(
                 host,
@@ -117,6 +121,7 @@ class RegistryBackend(MeteredBackend):
                 headers=headers,
                 redirect_scheme=config.blob_url_scheme,
                 redirect_host=config.blob_redirected_host,
+                root=root,
             )
 
         ways: list[_Way] = []
@@ -132,11 +137,11 @@ class RegistryBackend(MeteredBackend):
             if not config.proxy.fallback:
                 return ways
         for mirror in config.mirrors:
-            host, mirror_plain = _mirror(mirror)
+            host, mirror_plain, root = _mirror(mirror)
             ways.append(
                 _Way(
                     f"mirror {_shown(mirror.host)}",
-                    registry(host, mirror_plain, headers=mirror.headers),
+                    registry(host, mirror_plain, headers=mirror.headers, root=root),
                     config.repo,
                     mirror.health_check_interval,
                     mirror.failure_limit,
@@ -201,7 +206,8 @@ def _shown(url: str) -> str:
     return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
 
 
-def _mirror(mirror: MirrorConfig) -> tuple[str, bool]:
+def _mirror(mirror: MirrorConfig) -> tuple[str, bool, str]:
+    """``host[:port]``, whether it speaks plain http, and the path of the API there."""
     try:
         parts = urlsplit(mirror.host if "://" in mirror.host else f"https://{mirror.host}")
     except ValueError:
@@ -210,4 +216,4 @@ def _mirror(mirror: MirrorConfig) -> tuple[str, bool]:
         raise ConfigError(
             f"registry backend: mirror 'host' {_shown(mirror.host)!r} is not an http(s) address"
         )
-    return parts.netloc.rpartition("@")[2], parts.scheme == "http"
+    return parts.netloc.rpartition("@")[2], parts.scheme == "http", parts.path.rstrip("/") or "/v2"
