@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, option, reporting, tell_environment
+from nydus.cli.gostyle import (
+    GoCommand,
+    decryption_key,
+    encrypt_recipients,
+    option,
+    reporting,
+    tell_environment,
+)
 from nydus.cli.logs import Log, human
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError, NydusError
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
     "--work-dir", env="WORK_DIR", default="./tmp", help="For the new blobs until they are pushed. [./tmp]"
 )
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@decryption_key
+@encrypt_recipients
 @reporting
 @click.pass_context
 def commit(ctx: click.Context, /, **values: Any) -> None:
@@ -58,6 +67,7 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     from nydus.containerd.containers import Containers
     from nydus.convert.changes import parse_selection
     from nydus.convert.commit import commit as run
+    from nydus.oci.encryption import private_keys, recipients
     from nydus.oci.place import registry_place
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
@@ -65,6 +75,7 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     if values["maximum_times"] < 1:
         raise ConfigError("--maximum-times must be at least 1")
     selection = parse_selection(values["with_path"])
+    keys, readers = private_keys(values["decryption_key"]), recipients(values["encrypt_recipients"])
     with Containers(values["containerd_address"], values["namespace"]) as containers:
         container = containers.find(values["container"])
         base = registry_place(
@@ -90,6 +101,8 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
                 folder,
                 maximum=values["maximum_times"],
                 progress=progress,
+                keys=keys,
+                readers=readers,
             )
     for what, digest, size, known in made.layers:
         log.info(f"layer with {what}: {human(size)}, {known} chunks are in the image already", layer=digest)

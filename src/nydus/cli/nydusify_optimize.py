@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
+from nydus.cli.gostyle import (
+    GoCommand,
+    byte_size,
+    decryption_key,
+    encrypt_recipients,
+    option,
+    reporting,
+    tell_environment,
+)
 from nydus.cli.logs import Log, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
@@ -39,6 +47,8 @@ _TOLD = 5
 @option("--push-chunk-size", default="0MB", help="Upload in requests of this size, e.g. 5MB. [0MB: one each]")
 @option("--work-dir", env="WORK_DIR", default="./tmp", help="For the new blob until it is pushed. [./tmp]")
 @option("--nydus-image", env="NYDUS_IMAGE", default="nydus-image", hidden=True)
+@decryption_key
+@encrypt_recipients
 @reporting
 @click.pass_context
 def optimize(ctx: click.Context, /, **values: Any) -> None:
@@ -53,6 +63,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
     from nydus.convert.optimize import optimize as run
+    from nydus.oci.encryption import private_keys, recipients
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -96,6 +107,8 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
             folder,
             progress,
             backend,
+            keys=private_keys(values["decryption_key"]),
+            readers=recipients(values["encrypt_recipients"]),
         )
     for path in made.missing[:_TOLD]:
         log.warning(f"{path} is not in the image")

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -26,6 +26,7 @@ from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.build.layer import BuildOptions, LayerResult
+    from nydus.oci.encryption import PrivateKey, Recipient
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ def commit(
     *,
     maximum: int = 400,
     progress: Progress | None = None,
+    keys: Sequence[PrivateKey] = (),
+    readers: Sequence[Recipient] = (),
 ) -> Committed:
     """Stores what a container changed as more layers of its image.
 
@@ -79,6 +82,8 @@ def commit(
         base: the image that the container runs.
         work_dir: existing folder for the new blobs until they are stored.
         maximum: refuse if commits have added so many blobs already.
+        keys: private keys, for an encrypted image.
+        readers: for whom the new one is encrypted; only of an encrypted image, and then needed.
 
     Raises:
         NydusError: one line that says what is wrong and where; the target's tag is not there then.
@@ -86,7 +91,8 @@ def commit(
     progress = progress or Silent()
     name = reference_name(target)
     progress.note("pulling base bootstrap", image=base)
-    opened = open_nydus(base)
+    opened = open_nydus(base, keys=keys)
+    opened.require_readers(readers)
     if opened.elsewhere:
         raise ConfigError(
             f"{base}: its blobs are in a storage backend; run the container from a copy that has them "
@@ -108,8 +114,8 @@ def commit(
             )
         paused = time.monotonic() - started if container.pid else 0.0
         progress.note("pushing image", image=target)
-        layers = {part.what: store_blob(part.path, writer) for part in parts}
-    descriptor = put_committed(opened, parts, layers, earlier, writer, name)
+        layers = {part.what: store_blob(part.path, writer, encrypted=opened.encrypted) for part in parts}
+    descriptor = put_committed(opened, parts, layers, earlier, writer, name, readers)
     progress.note("pushed image", image=target)
     told = [(part.what, layers[part.what].digest, layers[part.what].size, part.known) for part in parts]
     return Committed(descriptor, told, len(earlier) + len(parts), paused)
@@ -147,6 +153,7 @@ def put_committed(
     earlier: list[str],
     writer: Sink,
     name: str,
+    readers: Sequence[Recipient] = (),
 ) -> Descriptor:
     """Stores the image of a base and new layers, whose blobs are there."""
     from nydus.build.merge import merge
@@ -168,6 +175,7 @@ def put_committed(
         metas=metas,
         annotations={COMMITTED_BLOBS: ",".join([*earlier, *(layer.digest for layer in added)])},
         history=[f"commit: {part.what}" for part in (*parts[1:], parts[0])],
+        readers=readers,
     )
 
 
@@ -180,16 +188,17 @@ def _options(base: Opened) -> BuildOptions:
     tree = base.tree
     if tree.flags & SuperFlag.TARFS:
         raise NydusError(f"{base.place}: an image whose blobs are tar archives cannot be committed to")
+    encrypted = base.encrypted or any(blob.cipher for blob in tree.blobs)
     compression = tree.blobs[0].compression if tree.blobs else Compression.ZSTD
     return BuildOptions(
         version=tree.version,
         compression=Compression.ZSTD if compression == Compression.GZIP else compression,
         digester=Digester.SHA256 if tree.flags & SuperFlag.HASH_SHA256 else Digester.BLAKE3,
         chunk_size=tree.chunk_size,
-        inline_meta=True,
+        inline_meta=not encrypted,  # the bootstrap in a blob would tell everybody its key
         toc=tree.version == 6,
         aligned=tree.version == 6,
-        encrypt=any(blob.cipher for blob in tree.blobs),
+        encrypt=encrypted,
         owners=bool(tree.flags & SuperFlag.EXPLICIT_UID_GID),
         whiteout=Whiteout.NONE,
         dictionary=tree,

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nydus.convert.copy import copy_blobs
-from nydus.convert.documents import BOOTSTRAP, bootstrap_layer, read_bootstrap_layer
+from nydus.convert.documents import BOOTSTRAP, bootstrap_layer, put_bootstrap, read_bootstrap_layer
 from nydus.convert.progress import Progress
 from nydus.convert.select import Image, select
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
+from nydus.oci.encryption import ENCRYPTED
 from nydus.oci.model import Descriptor, Platform
 from nydus.oci.place import Sink, Source, SourcePlace
 from nydus.storage.backend import MeteredBackend
 
 if TYPE_CHECKING:
-    from nydus.oci.encryption import PrivateKey
+    from nydus.oci.encryption import PrivateKey, Recipient
     from nydus.rafs.model import Tree
 
 #: Of the bootstrap layer: id of the blob with what is read first; digests of the blobs that commits added.
@@ -84,6 +85,27 @@ class Opened:
     def elsewhere(self) -> bool:
         """Whether its blobs are in a storage backend; then it does not list them."""
         return bool(self.tree.blobs) and not self.blobs
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether its bootstrap is, which has the keys of its blobs."""
+        return self.found.manifest.layers[-1].media_type.endswith(ENCRYPTED)
+
+    def require_readers(self, readers: Sequence[Recipient]) -> None:
+        """That an image made of this one is for as few.
+
+        Raises:
+            ConfigError: nobody is named who may read an encrypted image, or somebody of one that is not.
+        """
+        if self.encrypted and not readers:
+            raise ConfigError(
+                f"{self.place}: is encrypted; say with --encrypt-recipients who may read the new image"
+            )
+        if readers and not self.encrypted:
+            raise ConfigError(
+                f"{self.place}: is not encrypted, nor would its blobs be in the new image; "
+                "convert the original with --encrypt-recipients first"
+            )
 
     @cached_property
     def backend(self) -> SourceBackend:
@@ -191,6 +213,7 @@ def put_variant(
     annotations: Mapping[str, str],
     history: Sequence[str] = (),
     others: Mapping[str, bytes] | None = None,
+    readers: Sequence[Recipient] = (),
 ) -> Descriptor:
     """Stores an image that is another one with other layers, under a name. The blobs must be there.
 
@@ -202,6 +225,7 @@ def put_variant(
         annotations: of the bootstrap layer, besides those that every one has.
         history: what each blob beyond those of ``base`` is, for the history of the config.
         others: more files of the bootstrap layer.
+        readers: for whom it is encrypted.
     """
     from nydus.build.layer import write_bootstrap
 
@@ -209,12 +233,14 @@ def put_variant(
     kept = {blob_id: data for blob_id, data in metas.items() if blob_id in ids}
     packed, diff_id = bootstrap_layer(write_bootstrap(tree), kept, others)
     manifest = base.found.manifest
-    docker = manifest.media_type == model.DOCKER_MANIFEST
-    stored = writer.put_blob(packed, model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP)
+    if manifest.media_type == model.DOCKER_MANIFEST:
+        stored = writer.put_blob(packed, model.DOCKER_LAYER_GZIP)
+    else:
+        stored = put_bootstrap(writer, packed, readers)
     version = {model.NYDUS_FS_VERSION: str(tree.version)}
     before = manifest.layers[-1].annotations
     kept_marks = {key: before[key] for key in (PREFETCH_BLOB, COMMITTED_BLOBS) if key in before}
-    marks = {model.NYDUS_BOOTSTRAP: "true", **version, **kept_marks, **annotations}
+    marks = {**stored.annotations, model.NYDUS_BOOTSTRAP: "true", **version, **kept_marks, **annotations}
     raw = _config(base.found.raw_config, [*(blob.digest for blob in blobs), diff_id], history)
     changed = msgspec.structs.replace(
         manifest,
@@ -237,8 +263,11 @@ def _config(raw: bytes, diff_ids: Sequence[str], history: Sequence[str]) -> byte
     return model.encode(config)
 
 
-def store_blob(path: Path, writer: Sink) -> Descriptor:
+def store_blob(path: Path, writer: Sink, *, encrypted: bool = False) -> Descriptor:
     """Stores a Nydus blob from a file, unless it is there; returns the layer that it is.
+
+    Args:
+        encrypted: its chunks are.
 
     Raises:
         BackendError: it cannot be stored.
@@ -256,5 +285,8 @@ def store_blob(path: Path, writer: Sink) -> Descriptor:
         media_type=model.NYDUS_BLOB,
         digest=digest,
         size=size,
-        annotations={model.NYDUS_BLOB_ANNOTATION: "true"},
+        annotations={
+            model.NYDUS_BLOB_ANNOTATION: "true",
+            **({model.NYDUS_ENCRYPTED_BLOB: "true"} if encrypted else {}),
+        },
     )

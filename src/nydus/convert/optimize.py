@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from nydus.oci.place import SinkPlace, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.build.optimize import Optimized
+    from nydus.oci.encryption import PrivateKey, Recipient
     from nydus.rafs.model import BlobInfo, Tree
 
 #: In the bootstrap layer: the trace that the image was optimized with.
@@ -55,6 +57,9 @@ def optimize(
     work_dir: Path,
     progress: Progress | None = None,
     backend: BackendPlace | None = None,
+    *,
+    keys: Sequence[PrivateKey] = (),
+    readers: Sequence[Recipient] = (),
 ) -> OptimizedImage:
     """Puts what a trace names into one more blob, and has the whole image in the target.
 
@@ -62,6 +67,8 @@ def optimize(
         trace: see :func:`nydus.convert.trace.read_trace`.
         work_dir: existing folder for the new blob until it is stored.
         backend: where the blobs are read. An image that does not list its blobs gets the new one there, too.
+        keys: private keys, for an encrypted image.
+        readers: for whom the new one is encrypted; only of an encrypted image, and then needed.
 
     Raises:
         NydusError: one line that says what is wrong and where; the target's tag is not there then.
@@ -73,7 +80,8 @@ def optimize(
     progress = progress or Silent()
     name = reference_name(target)
     progress.note("pulling bootstrap", image=source)
-    base = open_nydus(source, platform)
+    base = open_nydus(source, platform, keys=keys)
+    base.require_readers(readers)
     if base.elsewhere and backend is None:
         raise ConfigError(
             f"{source}: its blobs are in a storage backend; say which with --source-backend-type"
@@ -92,7 +100,8 @@ def optimize(
             raise ConfigError(f"{trace_name}: no file of it has data in {source}")
         progress.note("pushing image", image=target)
         path = Path(folder) / made.blob.id
-        layer = store_blob(path, backend.open_sink() if backend and base.elsewhere else writer)
+        sink = backend.open_sink() if backend and base.elsewhere else writer
+        layer = store_blob(path, sink, encrypted=base.encrypted)
         metas = {**base.metas, **_table(made.blob, path)} if base.tree.version == 6 else {}
     _fetch_first(made, base.tree, [file.path for file in files])
     descriptor = put_variant(
@@ -105,6 +114,7 @@ def optimize(
         annotations={PREFETCH_BLOB: made.blob.id},
         history=[] if base.elsewhere else ["optimize: what is read first"],
         others={_PREFETCH_FILES: trace},
+        readers=readers,
     )
     progress.note("pushed image", image=target)
     return OptimizedImage(
