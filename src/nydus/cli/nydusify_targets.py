@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +25,8 @@ TARGET = "Reference to push to, containerd://NAMESPACE/REFERENCE, or file://PATH
 TARGET_ARCHIVE = (
     "Write this archive (.tar, .tar.gz, .tar.zst) or OCI layout (FOLDER/, FOLDER:NAME); push nothing."
 )
+log = logging.getLogger(__name__)
+
 _OF_LAYOUTS = {"blobs", "index.json", "oci-layout"}
 
 
@@ -38,8 +44,9 @@ def target_place(
 ) -> Iterator[SinkPlace]:
     """What ``--target`` or ``--target-archive`` say, for writing one image while the context lasts.
 
-    An archive and an image of containerd come into being when it ends without an error. With
-    ``--target-archive``, ``--target`` says what the image is called.
+    An archive and an image of containerd come into being when it ends without an error. If it ends with one,
+    the blobs that are complete are kept, for the same command again. With ``--target-archive``, ``--target``
+    says what the image is called.
 
     Args:
         source: whose name the image keeps in an archive or layout where no other is given.
@@ -74,8 +81,8 @@ def target_place(
         raise ConfigError("--target or --target-archive is needed")
     elif text.startswith(SCHEME):
         place = containerd_place(text, containerd)
-        with work_dir(folder) as base, tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as made:
-            yield LayoutPlace(Path(made), name=text)
+        with _aside(folder, text) as made:
+            yield LayoutPlace(made, name=text)
             write_image(Layout(made), place)
     else:
         yield registry_place(
@@ -107,7 +114,7 @@ def _layout_path(text: str) -> tuple[Path | None, str]:
 
 @contextmanager
 def _layout(path: Path, tag: str, name: Reference, option: str) -> Iterator[LayoutPlace]:
-    """An OCI layout, to which an image is added. One that is new goes again if there is none in the end."""
+    """An OCI layout, to which an image is added. One that is new goes again if it has no blob in the end."""
     from nydus.oci.layout import IMAGE_NAME, REF_NAME, Layout
     from nydus.oci.place import LayoutPlace
 
@@ -134,9 +141,52 @@ def _layout(path: Path, tag: str, name: Reference, option: str) -> Iterator[Layo
         yield LayoutPlace(path, tag or name.tag, str(path), str(name))
     except BaseException:
         with suppress(OSError, BackendError):
-            if new and not layout.index().manifests:
+            if new and not _has_blobs(path):
                 shutil.rmtree(path)
         raise
+
+
+def _has_blobs(layout: Path) -> bool:
+    blobs = layout / "blobs/sha256"
+    return blobs.is_dir() and any(blobs.iterdir())
+
+
+@contextmanager
+def _aside(folder: Path, target: str) -> Iterator[Path]:
+    """A folder for a layout, in the work folder; what an earlier command for the same target left is in it.
+
+    Raises:
+        ConfigError: another command is at work for that target.
+    """
+    with work_dir(folder) as base:
+        path = base / f"nydusify-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}"
+        try:
+            path.mkdir(exist_ok=True)
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for half in (path / "blobs").glob(".*"):  # of a process that was killed
+                    half.unlink()
+                (path / "index.json").unlink(missing_ok=True)
+            except BaseException:
+                os.close(lock)
+                raise
+        except BlockingIOError:
+            raise ConfigError(f"{target} is being written by another command (in {path})") from None
+        except OSError as error:
+            raise ConfigError(f"--work-dir {base}: {error.strerror}") from error
+        try:
+            yield path
+        except BaseException:
+            if _has_blobs(path):
+                log.warning("what is done is kept in %s: the same command goes on there", path)
+            else:
+                shutil.rmtree(path)
+            raise
+        else:
+            shutil.rmtree(path)
+        finally:
+            os.close(lock)
 
 
 @contextmanager
@@ -153,6 +203,6 @@ def _new_archive(path: Path, reference: Reference, folder: Path, option: str) ->
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}") from error
-    with work_dir(folder) as base, tempfile.TemporaryDirectory(dir=base, prefix="nydusify-") as layout:
-        yield LayoutPlace(Path(layout), name=str(path))
+    with _aside(folder, str(path.absolute())) as layout:
+        yield LayoutPlace(layout, name=str(path))
         write_archive(Layout(layout), path, reference)

@@ -234,7 +234,7 @@ def _saved_layer(files: TarFiles, path: str, diff_id: str) -> Descriptor:
 
 
 def write_archive(layout: Layout, path: str | os.PathLike[str], reference: Reference) -> None:
-    """Packs the image that ``layout`` holds into a tar file, as an OCI layout.
+    """Packs the image that ``layout`` holds into a tar file, as an OCI layout; blobs of others stay out.
 
     A single image also gets docker's ``manifest.json``. The file appears only when it is complete.
 
@@ -263,7 +263,7 @@ def write_archive(layout: Layout, path: str | os.PathLike[str], reference: Refer
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             aside = file.name
             with _compressed(file, compression_of(target)) as out:
-                _pack(out, layout.root, extra)
+                _pack(out, layout, extra, _reachable(layout, described, document))
             file.flush()
             os.fsync(file.fileno())
         Path(aside).chmod(0o644)
@@ -307,13 +307,29 @@ def _compressed(file: IO[bytes], kind: str) -> Iterator[IO[bytes]]:
         yield opened
 
 
-def _pack(file: IO[bytes], root: Path, extra: dict[str, bytes]) -> None:
+def _reachable(
+    layout: Layout, described: model.Descriptor, document: model.Manifest | model.Index
+) -> set[str]:
+    """Digests of all that belongs to an image."""
+    found = {described.digest}
+    if isinstance(document, model.Manifest):
+        return found | {document.config.digest} | {layer.digest for layer in document.layers}
+    for entry in document.manifests:
+        if layout.has_blob(entry.digest):
+            _, data = layout.manifest(entry.digest)
+            found |= _reachable(layout, entry, model.decode_image(data, entry.media_type, str(layout)))
+    return found
+
+
+def _pack(file: IO[bytes], layout: Layout, extra: dict[str, bytes], wanted: set[str]) -> None:
     import io
 
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in extra.items():
             archive.addfile(_entry(name, len(data)), io.BytesIO(data))
-        for blob in sorted((root / "blobs" / "sha256").iterdir()):
+        for blob in sorted((layout.root / "blobs" / "sha256").iterdir()):
+            if f"sha256:{blob.name}" not in wanted:
+                continue
             with open(blob, "rb") as opened:
                 archive.addfile(_entry(f"blobs/sha256/{blob.name}", blob.stat().st_size), opened)
 
