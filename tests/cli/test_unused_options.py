@@ -52,7 +52,7 @@ def test_of_create(tmp_path: Path, arguments: list[str], warnings: list[str]) ->
         (["--chunk-dict-insecure"], ["--chunk-dict-insecure has no effect without --chunk-dict"]),
         (
             ["--target-archive", "x", "--target-insecure"],
-            ["--target-insecure has no effect with --target-archive"],
+            ["--target-insecure has no effect on a target that is not in a registry"],
         ),
         ([], []),
     ],

@@ -105,8 +105,27 @@ def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def decryption_key(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command the option with private keys for encrypted images."""
-    text = "Private key for an encrypted image: FILE, or FILE:pass=PASSWORD. May be given repeatedly."
+    text = (
+        "Private key for an encrypted image: FILE, or pgp:NAME of gpg's keyring; with a password "
+        "FILE:file=PASSWORD-FILE (FILE:pass=PASSWORD is seen by all in ps). May be given repeatedly."
+    )
     found: Callable[..., Any] = click.option("--decryption-key", multiple=True, help=text)(command)
+    return found
+
+
+def encrypt_recipients(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the option with those who may read the image that it makes, as a tuple of them."""
+
+    def apart(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(word for text in given for word in text.split(",") if word)
+
+    text = (
+        "Who may read the image: jwe:FILE of a public key, pkcs7:FILE of a certificate or pgp:NAME of gpg's "
+        "keyring, separated by commas or given repeatedly."
+    )
+    found: Callable[..., Any] = click.option(
+        "--encrypt-recipients", multiple=True, callback=apart, help=text
+    )(command)
     return found
 
 
@@ -114,21 +133,30 @@ def tell_environment(ctx: click.Context, log: Log) -> None:
     """Says which options came from the environment."""
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
-        if source is click.core.ParameterSource.ENVIRONMENT:
+        if (
+            source is click.core.ParameterSource.ENVIRONMENT
+            and ctx.params.get(parameter.name or "") is not None
+        ):
             names = [parameter.envvar] if isinstance(parameter.envvar, str) else parameter.envvar or ()
             name = next((name for name in names if os.environ.get(name)), "")
             log.warning(f"{parameter.opts[0]} is taken from the environment variable {name}")
 
 
-def given(ctx: click.Context, name: str) -> bool:
-    """Whether the user gave a parameter, in whatever way."""
-    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+def given(ctx: click.Context, name: str, *, in_words: bool = False) -> bool:
+    """Whether the user gave a parameter, in whatever way, or ``in_words`` of the command line."""
+    source = ctx.get_parameter_source(name)
+    if in_words:
+        return source is click.core.ParameterSource.COMMANDLINE
+    return source is not click.core.ParameterSource.DEFAULT
 
 
 def tell_unused(ctx: click.Context, log: Log, names: Sequence[str], why: str) -> None:
     """Says which of some parameters were given for nothing."""
     for parameter in ctx.command.params:
         if parameter.name in names and given(ctx, parameter.name):
+            sharing = [each for each in ctx.command.params if each.envvar == parameter.envvar]
+            if len(sharing) > 1 and not given(ctx, parameter.name, in_words=True):
+                continue  # it may be meant for another option
             log.warning(f"{parameter.opts[0]} has no effect {why}")
 
 

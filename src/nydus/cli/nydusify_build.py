@@ -25,7 +25,7 @@ from nydus.errors import ConfigError
     "--name",
     "--meta",
     "--bootstrap",
-    env="IMAGE_NAME",
+    env=("BOOTSTRAP", "IMAGE_NAME"),
     required=True,
     help="Name of the bootstrap; without an extension it gets .meta.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from nydus.cli.gostyle import (
     tell_unused,
 )
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
@@ -33,23 +35,33 @@ _OF_SOURCE = (
 
 
 @click.command(cls=GoCommand, short_help="Check a Nydus image, and compare it with its source.")
-@option(
-    "--source",
-    env="SOURCE",
-    help="Reference of the image it was made of; without it the target alone is checked.",
-)
-@option("--target", env="TARGET", help="Reference of the Nydus image.")
-@option("--source-archive", type=click.Path(), help="The source as a tar file or OCI layout folder.")
-@option("--target-archive", type=click.Path(), help="The target as a tar file or OCI layout folder.")
+@option("--source", env="SOURCE", help="Without a source, the target alone is checked. " + SOURCE)
+@option("--target", env="TARGET", help=SOURCE)
+@option("--source-archive", type=click.Path(), help=SOURCE_ARCHIVE)
+@option("--target-archive", type=click.Path(), help=SOURCE_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
-@option("--source-backend-type", help="Where a Nydus source's blobs are: oss, s3 or localfs.")
-@option("--source-backend-config", help="Its configuration as JSON.")
-@option("--source-backend-config-file", help="A file with that.")
-@option("--target-backend-type", env="BACKEND_TYPE", help="Where the target's blobs are: oss, s3 or localfs.")
-@option("--target-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
-@option("--target-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
+@option(
+    "--source-backend-type", env="BACKEND_TYPE", help="Where a Nydus source's blobs are: oss, s3 or localfs."
+)
+@option("--source-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
+@option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
+@option(
+    "--target-backend-type",
+    "--backend-type",
+    env="BACKEND_TYPE",
+    help="Where the target's blobs are: oss, s3 or localfs.",
+)
+@option(
+    "--target-backend-config", "--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON."
+)
+@option(
+    "--target-backend-config-file",
+    "--backend-config-file",
+    env="BACKEND_CONFIG_FILE",
+    help="A file with that.",
+)
 @option(
     "--multi-platform", env="MULTI_PLATFORM", is_flag=True, help="Not needed: both halves are always checked."
 )
@@ -76,6 +88,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
+    from nydus.convert.check import Report
     from nydus.convert.check import check as run
     from nydus.oci.encryption import private_keys
 
@@ -97,6 +110,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         plain_http=plain,
         insecure=values["target_insecure"],
         option="target",
+        work_dir=values["work_dir"],
     )
     source = None
     if not alone:
@@ -106,16 +120,21 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             plain_http=plain,
             insecure=values["source_insecure"],
             option="source",
+            work_dir=values["work_dir"],
         )
     places = []
     for side in ("target", "source"):
         words = ("type", "config", "config_file")
         kind, text, file = (values[f"{side}_backend_{word}"] for word in words)
+        if not kind:  # a configuration from the environment may be the other side's
+            text = text if given(ctx, f"{side}_backend_config", in_words=True) else None
+            file = file if given(ctx, f"{side}_backend_config_file", in_words=True) else None
         found = backend_config(kind, text, file, f"--{side}-backend")
         places.append(backend_place(*found) if found else None)
     keys = private_keys(values["decryption_key"])
     work_dir = Path(values["work_dir"])
     output = Path(values["output_json"]) if values["output_json"] else None
+    report = Report(str(target), str(source or ""))
     document: dict[str, Any] = {"target": str(target), "verified": False}
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -130,7 +149,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             mounted = through_mount
         with progress_for(log) as progress:
             platform = one_platform(values["platform"])
-            report = run(target, source, platform, work_dir, progress, mounted, places[0], places[1], keys)
+            run(target, source, platform, work_dir, progress, mounted, places[0], places[1], keys, report)
         complete(work_dir)
         document = {**dataclasses.asdict(report), "verified": True}
         for warning in report.warnings:
@@ -144,7 +163,9 @@ def check(ctx: click.Context, /, **values: Any) -> None:
             document,
         )
     except NydusError as error:
-        document["error"] = str(error)
+        document = {**dataclasses.asdict(report), "verified": False, "error": str(error)}
+        with suppress(OSError):  # whoever looks for the reason wants these files, too
+            complete(work_dir)
         raise
     except OSError as error:
         document["error"] = f"{error.filename}: {error.strerror}"

@@ -15,6 +15,7 @@ from nydus.cli.gostyle import (
     GoCommand,
     byte_size,
     decryption_key,
+    encrypt_recipients,
     given,
     number,
     option,
@@ -97,17 +98,23 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
     "--build-cache-insecure", env="BUILD_CACHE_INSECURE", is_flag=True, help="Accept any TLS certificate."
 )
 @option("--build-cache-max-records", env="BUILD_CACHE_MAX_RECORDS", default=200, help="1 to 200. [200]")
-@option("--backend-type", env="BACKEND_TYPE", help="Store blobs in oss, s3 or localfs.")
+@option(
+    "--backend-type",
+    env="BACKEND_TYPE",
+    callback=lambda ctx, parameter, value: _of_its_kind(ctx, parameter, value, model=False),
+    help="Store blobs in oss, s3 or localfs. [registry]",
+)
 @option("--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
 @option("--backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
 @option("--backend-force-push", env="BACKEND_FORCE_PUSH", is_flag=True, help="Upload blobs even if present.")
-@option("--source-backend-type", help="model-artifact: the source is a model as modctl pushes it.")
-@option("--source-backend-config", hidden=True)
 @option(
-    "--encrypt-recipients",
-    multiple=True,
-    help="Who may read the image: jwe:FILE of a public key, separated by commas or given repeatedly.",
+    "--source-backend-type",
+    env="BACKEND_TYPE",
+    callback=lambda ctx, parameter, value: _of_its_kind(ctx, parameter, value, model=True),
+    help="model-artifact: the source is a model as modctl pushes it.",
 )
+@option("--source-backend-config", hidden=True)
+@encrypt_recipients
 @decryption_key
 @option("--no-reuse", is_flag=True, help="Convert layers even if the target has them from an earlier run.")
 @option(
@@ -193,7 +200,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         oci_ref=values["oci_ref"],
         merge_platform=values["merge_platform"],
         with_referrer=values["with_referrer"],
-        recipients=tuple(word for text in values["encrypt_recipients"] for word in text.split(",") if word),
+        recipients=values["encrypt_recipients"],
         record=None if values["no_reuse"] else default_folder(),
         attempts=values["push_retry_count"] if values["push_retry_count"] > 0 else 3,
         retry_delay=duration(values["push_retry_delay"]),
@@ -264,6 +271,17 @@ def _tell(log: Log, result: Result, where: str) -> None:
         "push_seconds": round(result.push_seconds, 3),
     }
     log.result(text, document, target=where, digest=result.descriptor.digest)
+
+
+def _of_its_kind(
+    ctx: click.Context, parameter: click.Parameter, value: str | None, *, model: bool
+) -> str | None:
+    """The value, unless it is that of the other option with the same environment variable."""
+    return (
+        value
+        if given(ctx, parameter.name or "", in_words=True) or (value == "model-artifact") == model
+        else None
+    )
 
 
 def _backend(values: dict[str, Any]) -> Any:

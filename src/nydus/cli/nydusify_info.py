@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydus.cli.gostyle import GoCommand, option
+from nydus.cli.gostyle import GoCommand, option, reporting
 from nydus.cli.gostyle import decryption_key as key_option
-from nydus.cli.logs import human
+from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
 
 if TYPE_CHECKING:
     from nydus.convert.info import Info
@@ -27,14 +28,17 @@ _KINDS = {
 
 @click.command(cls=GoCommand, short_help="Say what kind of image this is, how large, how much is shared.")
 @click.argument("reference", required=False)
-@option("--target", env="TARGET", help="Reference of the image (or as the argument).")
-@option("--target-archive", type=click.Path(), help="The image as a tar file or OCI layout folder.")
+@option("--target", env="TARGET", help="The image (or as the argument). " + SOURCE)
+@option("--target-archive", type=click.Path(), help=SOURCE_ARCHIVE)
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
 @option("--platform", help="os/architecture[/variant], separated by commas; default: all.")
 @key_option
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reporting
+@click.pass_context
 def info(
+    ctx: click.Context,
+    /,
     reference: str | None,
     target: str | None,
     target_archive: str | None,
@@ -42,7 +46,6 @@ def info(
     plain_http: bool,
     platform: str | None,
     decryption_key: tuple[str, ...],
-    as_json: bool,
 ) -> None:
     """Say what kind of image REFERENCE is, how large, how much is shared, what is prefetched.
 
@@ -56,15 +59,16 @@ def info(
     place = source_place(
         reference or target, target_archive, plain_http=plain_http, insecure=target_insecure, option="target"
     )
+    log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     keys = private_keys(decryption_key)
     reader = place.open()
     _, images = select(reader, place.target, str(place), platforms(platform, not platform), nydus=True)
     found = [describe(image, reader, str(place), keys) for image in images]
-    if as_json:
+    if log.as_json:
         document: Any = [dataclasses.asdict(each) for each in found]
         click.echo(json.dumps(document if len(document) > 1 else document[0], indent=2))
         return
-    for each in found:
+    for each in found if log.enabled("info") else ():
         _show(each)
 
 

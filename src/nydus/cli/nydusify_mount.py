@@ -46,8 +46,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
 
     On SIGINT or SIGTERM the image is unmounted, the daemon ended, and all that was made is removed. Until
     then the work folder has nydus_manifest.json, nydus_config.json and nydus_bootstrap, and in fs the
-    configuration, API socket (nydus_api.sock) and cache of the daemon. An image in an archive or in containerd is
-    unpacked there first.
+    configuration, API socket (nydus_api.sock) and cache of the daemon. An image in an archive or in
+    containerd is unpacked there first.
     """
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.convert.backend import backend_place

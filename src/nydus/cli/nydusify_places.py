@@ -91,8 +91,8 @@ def inflated(place: LayoutPlace | ArchivePlace, folder: Path) -> LayoutPlace | A
     try:
         if not isinstance(place, ArchivePlace) or not archive.is_compressed(place.path):
             return place
-    except OSError as error:
-        raise NydusError(f"{place.path}: {error.strerror}") from error
+    except OSError:  # said when it is opened
+        return place
     context = click.get_current_context()
     base = context.with_resource(work_dir(folder))
     try:
