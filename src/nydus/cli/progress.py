@@ -105,16 +105,18 @@ class Lines:
                 sum(each.downloaded for each in self._layers),
                 sum(each.size for each in self._layers),
             )
-            sent = sum(each.uploaded for each in self._layers)
             rate = read / max(now - self._started, 1e-3)
+            sent = f", sent {_sent(self._layers)}" if self._verb.sends else ""
             self._log.info(
-                f"{self._verb.doing}: read {human(read)} of {human(size)} at {human(rate)}/s, "
-                f"sent {human(sent)}"
+                f"{self._verb.doing}: read {human(read)} of {human(size)} at {human(rate)}/s{sent}"
             )
 
 
 class Terminal:
-    """A bar for each layer, and one for all."""
+    """A bar for all layers, and one for each that is being worked on.
+
+    Bars of all layers would not fit on a screen, and what does not fit is cut off.
+    """
 
     def __init__(self, log: Log, bars: Bars) -> None:
         self._log, self._bars = log, bars
@@ -127,20 +129,38 @@ class Terminal:
         self._log.info(message, **fields)
 
     def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
+        for task in [*self._tasks.values(), *([] if self._all is None else [self._all])]:
+            self._bars.remove_task(task)
+        self._tasks = {}
         self._layers, self._verb = layers, verb
-        for position, layer in enumerate(layers):
-            name = f"layer {position + 1:>2} {layer.digest[7:15]}"
-            self._tasks[id(layer)] = self._bars.add_task(name, total=layer.size, note="waiting")
-        self._all = self._bars.add_task(
-            "all layers".ljust(17), total=sum(each.size for each in layers), note=""
-        )
+        self._all = self._bars.add_task("", total=sum(each.size for each in layers), note="")
+        self._show_all()
 
     def changed(self, layer: LayerProgress) -> None:
-        done = self._verb.kept if layer.reused else self._verb.done
-        # All of it must fit into 80 columns.
-        note = done if layer.state == "done" else f"sent {human(layer.uploaded)}"
-        self._bars.update(self._tasks[id(layer)], completed=layer.downloaded, note=note)
+        task = self._tasks.get(id(layer))
+        if layer.state == "done":
+            if task is not None:
+                del self._tasks[id(layer)]
+                self._bars.remove_task(task)
+        else:
+            if task is None:
+                name = f"layer {layer.number:>2} {layer.digest[7:15]}"
+                task = self._tasks[id(layer)] = self._bars.add_task(name, total=layer.size, note="")
+            # All of it must fit into 80 columns.
+            note = f"sent {human(layer.uploaded)}" if self._verb.sends else ""
+            self._bars.update(task, completed=layer.downloaded, note=note)
+        self._show_all()
+
+    def _show_all(self) -> None:
         if self._all is not None:
-            sent = sum(each.uploaded for each in self._layers)
-            read = sum(each.downloaded for each in self._layers)
-            self._bars.update(self._all, completed=read, note=f"sent {human(sent)}")
+            done = sum(each.state == "done" for each in self._layers)
+            self._bars.update(
+                self._all,
+                description=f"{done} of {len(self._layers)} layers".ljust(17),
+                completed=sum(each.downloaded for each in self._layers),
+                note=f"sent {_sent(self._layers)}" if self._verb.sends else "",
+            )
+
+
+def _sent(layers: Sequence[LayerProgress]) -> str:
+    return human(sum(each.uploaded for each in layers))

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from nydus.convert.backend import BackendPlace, blobs_of
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.listing import Difference, Listing, Overlay, compare, of_image
 from nydus.convert.progress import Progress, Silent
+from nydus.convert.reading import Reading
 from nydus.convert.select import Image, host_platform, matches, select
 from nydus.errors import BackendError, ConfigError, FormatError, NydusError
 from nydus.oci import model
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Bytes of one request, which for an object store is one round trip.
 _PIECE = 4 << 20
+#: Blobs downloaded at the same time.
+_AT_ONCE = 4
 _BOOTSTRAP_TYPES = (
     model.OCI_LAYER_GZIP,
     model.DOCKER_LAYER_GZIP,
@@ -62,6 +67,7 @@ class Side:
         tree: of the bootstrap.
         index: the document that names the manifests, b"" if there is none.
         blobs: the storage backend of an image whose blobs are in one.
+        stored: digest -> size of the blobs of ``nydus``, wherever they are.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Side:
     tree: Tree | None = None
     index: bytes = b""
     blobs: BackendPlace | None = None
+    stored: dict[str, int] = field(default_factory=dict)
 
     def count(self, report: Report, rule: str, number: int = 1) -> None:
         report.count(rule if self.name == "target" else f"{self.name} {rule}", number)
@@ -114,6 +121,7 @@ def check(
     target_blobs: BackendPlace | None = None,
     source_blobs: BackendPlace | None = None,
     keys: Sequence[PrivateKey] = (),
+    report: Report | None = None,
 ) -> Report:
     """Checks a Nydus image, and that it is the same as another image.
 
@@ -126,13 +134,14 @@ def check(
         target_blobs, source_blobs: storage backends with the blobs of an image that does not list them.
         keys: private keys, for encrypted images.
         mounted: reads the target's files through a mount; None reads them through our own reader.
+        report: to write into, for a caller that wants to know how far a check came that failed.
 
     Raises:
         CheckError: something is wrong with the image.
         NydusError: it cannot be read.
     """
     progress = progress or Silent()
-    report = Report(str(target), str(source or ""))
+    report = report or Report(str(target), str(source or ""))
     progress.note("parsing image", image=target)
     sides = [_parse("target", target, platform)]
     if source is not None:
@@ -165,21 +174,22 @@ def check(
         if side.nydus is not None:
             progress.note("checking bootstrap", image=side.place, type="nydus")
             _check_bootstrap(side, report)
+    reading = Reading(_to_read(sides), progress)
     with _temporary(work_dir) as folder:
         for side in sides:
             if side.nydus is not None:
                 progress.note("checking blobs", image=side.place, type="nydus")
-                _fetch_blobs(side, folder / side.name, report)
+                _fetch_blobs(side, folder / side.name, report, reading)
         progress.note("mounting image" if mounted else "reading image", image=target, type="nydus")
-        files = mounted(mine, folder) if mounted else _listing(mine, folder / "target")
+        files = mounted(mine, folder) if mounted else _listing(mine, folder / "target", reading)
         report.mounted = mounted is not None
         report.count("files", len(files))
         if mine.oci is not None:
             progress.note("comparing the halves of the index", image=target)
-            _check_halves(mine, files, report)
+            _check_halves(mine, files, report, reading)
         if source is not None:
             progress.note("reading image", image=source, type="nydus" if sides[0].nydus else "oci")
-            expected = _listing(sides[0], folder / "source")
+            expected = _listing(sides[0], folder / "source", reading)
             progress.note("comparing filesystem")
             try:
                 report.count("filesystem", compare(expected, files))
@@ -187,6 +197,16 @@ def check(
                 raise CheckError("filesystem", "", error) from error
     progress.note("verified image", image=target)
     return report
+
+
+def _to_read(sides: Sequence[Side]) -> Iterator[tuple[str, str, int]]:
+    """The blobs of the Nydus images, and the layers of ordinary ones: (side, digest, size)."""
+    for side in sides:
+        for digest, size in side.stored.items():
+            yield side.name, digest, size
+        if side.oci is not None and (side.nydus is None or side.name == "target"):
+            for layer in side.oci.manifest.layers:
+                yield side.name, layer.digest, layer.size
 
 
 def _parse(name: str, place: SourcePlace, platform: Platform | None) -> Side:
@@ -371,14 +391,19 @@ def _check_bootstrap(side: Side, report: Report) -> None:
         with closing(side.blobs.open()) as backend:
             for blob in tree.blobs:
                 try:
-                    sizes[blob.id] = backend.size(blob.id)
+                    sizes[blob.id] = side.stored[f"sha256:{blob.id}"] = backend.size(blob.id)
                 except BackendError as error:
                     raise wrong(f"blob {blob.id} is not in {side.blobs}: {error}") from error
+    side.stored.update((layer.digest, layer.size) for layer in layers[:-1])
+    for reference in references:
+        digest = f"sha256:{reference}"
+        if not side.reader.has_blob(digest):
+            raise wrong(f"blob {reference}, which the image refers to, is not in its repository")
+        side.stored[digest] = side.reader.blob_size(digest)
     for blob in tree.blobs:
         if blob.id in references:
-            if not side.reader.has_blob(f"sha256:{blob.id}"):
-                raise wrong(f"blob {blob.id}, which the image refers to, is not in its repository")
-        elif blob.id not in sizes:
+            continue
+        if blob.id not in sizes:
             raise wrong(f"blob {blob.id} of the bootstrap is not in the manifest")
         elif sizes[blob.id] < blob.compressed_size:
             raise wrong(
@@ -391,37 +416,47 @@ def _check_bootstrap(side: Side, report: Report) -> None:
     side.count(report, "bootstrap", len(tree))
 
 
-def _fetch_blobs(side: Side, folder: Path, report: Report) -> None:
+def _fetch_blobs(side: Side, folder: Path, report: Report, reading: Reading) -> None:
     """Downloads the blobs, which checks their digests; compares their tables with the bootstrap layer's."""
-    assert side.nydus is not None and side.tree is not None
+    assert side.nydus is not None
     folder.mkdir(parents=True)
-    wanted = {layer.digest: layer.size for layer in side.nydus.manifest.layers[:-1]}
     with ExitStack() as stack:
         source: Source = side.reader
-        if side.blobs is not None and not wanted:
-            wanted = {f"sha256:{blob.id}": -1 for blob in side.tree.blobs}
+        if side.blobs is not None and not side.nydus.manifest.layers[:-1]:
             source = blobs_of(side.blobs, stack.enter_context(closing(side.blobs.open())))
-        for layer in side.nydus.manifest.layers[:-1]:
-            if reference := layer.annotations.get(model.NYDUS_REF):
-                wanted[reference] = -1
-        for digest, size in wanted.items():
-            path = folder / digest.partition(":")[2]
-            try:
-                stream = source.blob(digest, size if size >= 0 else None)
-                try:
-                    with open(path, "wb") as file:
-                        while piece := stream.read(_PIECE):
-                            file.write(piece)
-                finally:
-                    stream.close()
-            except NydusError as error:
-                raise CheckError("blob", side.name, error) from error
-            except OSError as error:
-                raise NydusError(f"{path}: {error.strerror}") from error
-            side.count(report, "blobs")
-            side.count(report, "blob bytes", path.stat().st_size)
+        stopped = threading.Event()
+        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE, "check"))
+        pending = [
+            pool.submit(_fetch, side, source, digest, folder, reading, stopped) for digest in side.stored
+        ]
+        try:
+            for done in as_completed(pending):
+                side.count(report, "blobs")
+                side.count(report, "blob bytes", done.result())
+        except BaseException:
+            stopped.set()
+            for waiting in pending:
+                waiting.cancel()
+            raise
     _check_contents(side, folder, report)
     _check_metas(side, folder, report)
+
+
+def _fetch(
+    side: Side, source: Source, digest: str, folder: Path, reading: Reading, stopped: threading.Event
+) -> int:
+    """Downloads one blob; returns its size."""
+    path = folder / digest.partition(":")[2]
+    try:
+        with open(path, "wb") as file, closing(source.blob(digest, side.stored[digest])) as stream:
+            with closing(reading.of(side.name, digest, stream)) as counted:
+                while not stopped.is_set() and (piece := counted.read(_PIECE)):
+                    file.write(piece)
+            return file.tell()
+    except NydusError as error:
+        raise CheckError("blob", side.name, error) from error
+    except OSError as error:
+        raise NydusError(f"{path}: {error.strerror}") from error
 
 
 def _check_contents(side: Side, folder: Path, report: Report) -> None:
@@ -452,11 +487,11 @@ def _check_contents(side: Side, folder: Path, report: Report) -> None:
         side.count(report, "sections", found)
 
 
-def _check_halves(side: Side, files: Listing, report: Report) -> None:
+def _check_halves(side: Side, files: Listing, report: Report, reading: Reading) -> None:
     """A merged index has the same files twice; this reads and verifies the layers of its ordinary half."""
     assert side.oci is not None
     try:
-        report.count("merged files", compare(_layers(side), files))
+        report.count("merged files", compare(_layers(side, reading), files))
     except Difference as error:
         raise CheckError(
             "filesystem", side.name, f"the two halves of the index are not the same: {error}"
@@ -494,7 +529,7 @@ def _check_metas(side: Side, folder: Path, report: Report) -> None:
         side.count(report, "chunk tables")
 
 
-def _listing(side: Side, folder: Path) -> Listing:
+def _listing(side: Side, folder: Path, reading: Reading) -> Listing:
     try:
         if side.nydus is not None:
             from nydus import image
@@ -506,18 +541,19 @@ def _listing(side: Side, folder: Path) -> Listing:
                 return of_image(image.open(side.tree, backend))
             finally:
                 backend.close()
-        return _layers(side)
+        return _layers(side, reading)
     except NydusError as error:
         raise CheckError("filesystem", side.name, error) from error
 
 
-def _layers(side: Side) -> Listing:
+def _layers(side: Side, reading: Reading) -> Listing:
     """The files of an ordinary image."""
     assert side.oci is not None
     overlay = Overlay(_kept)
     if model.is_model(side.oci.manifest):
         for number, (layer, name) in enumerate(tar_layers(side.oci.manifest), 1):
-            with closing(side.reader.blob(layer.digest, layer.size)) as stream:
+            blob = side.reader.blob(layer.digest, layer.size)
+            with closing(reading.of(side.name, layer.digest, blob)) as stream:
                 if name:
                     overlay.add_file(stream, name, layer.size)
                 else:
@@ -525,11 +561,9 @@ def _layers(side: Side) -> Listing:
         return overlay.listing()
     pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
     for number, (layer, diff_id) in enumerate(pairs, 1):
-        stream = open_layer(side.reader, layer, plain_http=plain_http(side.place))
-        try:
+        blob = open_layer(side.reader, layer, plain_http=plain_http(side.place))
+        with closing(reading.of(side.name, layer.digest, blob)) as stream:
             overlay.apply(stream, diff_id, f"layer {number} of {side.place}")
-        finally:
-            stream.close()
     return overlay.listing()
 
 

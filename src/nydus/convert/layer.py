@@ -91,6 +91,7 @@ def _convert(
     job: Job, source: Source, sink: Sink, report: Report, built: Callable[[Converted], None]
 ) -> None:
     started = time.monotonic()
+    report(0, 0, 0)
     where = f"layer {job.number} ({job.layer.digest[:19]}…) of {job.source}"
     build: Callable[..., LayerResult] = build_layer
     if job.options.oci_ref:

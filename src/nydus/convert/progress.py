@@ -32,15 +32,20 @@ class LayerProgress:
 
 
 class Verb(NamedTuple):
-    """What is done with layers: in words, while it is done, when it is, and where it need not be."""
+    """What is done with layers: in words, while it is done, when it is, and where it need not be.
+
+    ``sends``: they also go somewhere.
+    """
 
     doing: str
     done: str
     kept: str
+    sends: bool = True
 
 
 CONVERT = Verb("converting", "converted", "reused")
 COPY = Verb("copying", "copied", "found")
+CHECK = Verb("checking", "checked", "checked", sends=False)
 
 
 class Progress(Protocol):
