@@ -183,7 +183,12 @@ def _spawn_forker(links: Sequence[socket.socket]) -> int:
     return os.posix_spawn(
         sys.executable,
         # -P: what lies in the current directory is not imported.
-        [sys.executable, "-P", "-c", f"from nydus.convert.workers import main; main({numbers})"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            f"from nydus.convert.workers import main; main({numbers}, {os.getpid()})",
+        ],
         os.environ,
         file_actions=[
             (os.POSIX_SPAWN_DUP2, number, number) for number in numbers
@@ -194,6 +199,7 @@ def _spawn_forker(links: Sequence[socket.socket]) -> int:
 def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
     import nydus.convert.layer  # noqa: F401  for both: the layers are merged here
 
+    parent = os.getpid()
     # Until the handlers of this process are replaced in the other.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     try:
@@ -206,7 +212,7 @@ def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
     try:
         for ours, _ in pairs:
             ours.close()
-        main([theirs.detach() for _, theirs in pairs])
+        main([theirs.detach() for _, theirs in pairs], parent)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     os._exit(1)
@@ -240,13 +246,15 @@ def _receive(pipe: BufferedRWPair) -> tuple[Any, ...] | None:
     return message
 
 
-def main(numbers: Sequence[int]) -> None:
+def main(numbers: Sequence[int], parent: int) -> None:
     """The life of the forker.
 
     It ends when all workers have ended, as the first that failed did: a signal that killed one kills it, too.
+    If the command is killed, the workers are told to end, too, and are killed if they do not.
 
     Args:
         numbers: descriptors of sockets, one for each worker.
+        parent: process id of the command.
     """
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach the parent too, which ends us in order
         signal.signal(number, signal.SIG_IGN)
@@ -267,12 +275,19 @@ def main(numbers: Sequence[int]) -> None:
     for link in links:
         link.close()
 
-    def end(*_: object) -> None:
+    def end() -> None:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, end)
+    def terminate(*_: object) -> None:
+        end()
+        signal.alarm(round(2 * _PATIENCE))  # which ends this process, and with it the workers
+
+    signal.signal(signal.SIGTERM, terminate)
+    syscalls.die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        terminate()
     failed = 0
     while workers:
         pid, status = os.wait()
