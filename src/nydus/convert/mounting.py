@@ -76,7 +76,10 @@ def _add_mirrors(config: dict[str, Any], place: MirroredPlace, mine: Credentials
     mirrors = [host for host in place.mirrors if host.for_mirror and (trusting or not host.skip_verify)]
     if mine:
         mirrors = [host for host in mirrors if place.credentials_of(host) == mine]
-    config["mirrors"] = [{"host": host.address, "headers": dict(host.headers)} for host in mirrors]
+    config["mirrors"] = [
+        {"host": host.address, "namespace": place.namespace_of(host), "headers": dict(host.headers)}
+        for host in mirrors
+    ]
     for host in mirrors:
         config["ca_cert_files"] += [path for path in host.ca if path not in config["ca_cert_files"]]
 

@@ -109,6 +109,10 @@ class MirroredPlace(RegistryPlace):
         """Those of this host; those of the registry only if it is the registry."""
         return self.credentials if _is(self, host) else docker_credentials(host.name)
 
+    def namespace_of(self, host: Host) -> str:
+        """What a host that is not the registry itself is told to stand for; "" for none."""
+        return "" if _is(self, host) else self.reference.host
+
     def _at(self, host: Host, policy: Policy) -> Repository:
         from nydus.oci.registry import Registry
 
@@ -127,7 +131,7 @@ class MirroredPlace(RegistryPlace):
             proxy=host.proxy or proxy_for("http" if host.plain_http else "https", host.name),
             policy=replace(policy, connect_timeout=host.connect_timeout),
             root=host.path,
-            namespace="" if itself else self.reference.host,
+            namespace=self.namespace_of(host),
         )
         return registry.repository(self.reference.repository)
 

@@ -126,6 +126,7 @@ class Template:
                 others.append(
                     {
                         "host": mirror.address,
+                        "namespace": "" if mirror.name == host else reference.host,
                         "headers": dict(mirror.headers),
                         "ping_url": mirror.ping_url,
                         "health_check_interval": mirror.health_check_interval,

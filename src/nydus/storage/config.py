@@ -32,9 +32,13 @@ class ProxyConfig(msgspec.Struct):
 
 
 class MirrorConfig(msgspec.Struct):
-    """Another host, tried before the origin; the path of its address, if any, takes the place of ``/v2``."""
+    """Another host, tried before the origin; the path of its address, if any, takes the place of ``/v2``.
+
+    ``namespace`` is the registry that it stands for, which it is then told (``?ns=``).
+    """
 
     host: str
+    namespace: str = ""
     headers: dict[str, str] = {}
     auth_through: bool = False
     ping_url: str = ""

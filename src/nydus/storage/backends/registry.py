@@ -109,6 +109,7 @@ class RegistryBackend(MeteredBackend):
             proxy: str = "",
             headers: dict[str, str] | None = None,
             root: str = "/v2",
+            namespace: str = "",
         ) -> Callable[[], Registry]:
             return lambda: Registry(
                 host,
@@ -122,6 +123,7 @@ class RegistryBackend(MeteredBackend):
                 redirect_scheme=config.blob_url_scheme,
                 redirect_host=config.blob_redirected_host,
                 root=root,
+                namespace=namespace,
             )
 
         ways: list[_Way] = []
@@ -141,7 +143,9 @@ class RegistryBackend(MeteredBackend):
             ways.append(
                 _Way(
                     f"mirror {_shown(mirror.host)}",
-                    registry(host, mirror_plain, headers=mirror.headers, root=root),
+                    registry(
+                        host, mirror_plain, headers=mirror.headers, root=root, namespace=mirror.namespace
+                    ),
                     config.repo,
                     mirror.health_check_interval,
                     mirror.failure_limit,
