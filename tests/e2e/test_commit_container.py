@@ -15,9 +15,11 @@ import pytest
 from containerd_node import Node
 
 from nydus.containerd.containers import Containers
+from nydus.containerd.store import containerd_place
+from nydus.convert.check import check
 from nydus.convert.opened import COMMITTED_BLOBS, Opened, open_nydus
 from nydus.convert.select import host_platform
-from nydus.oci.place import registry_place
+from nydus.oci.place import LayoutPlace, SourcePlace, registry_place
 from nydus.oci.reference import parse
 
 pytestmark = [
@@ -197,3 +199,21 @@ def test_an_interrupted_commit_lets_the_container_go_on(
         assert not containers.find(container.id).paused
     assert container.execute("/bin/cat", "/app/hello")[0] == 0
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("kind", ["containerd", "layout"])
+def test_a_commit_into_other_places(node: Node, image: str, tmp_path: Path, kind: str) -> None:
+    _, container = node.start(image)
+    assert container.execute("/bin/sh", "-c", "echo changed > /app/hello") == (0, b"")
+    target = {
+        "containerd": "containerd://k8s.io/example.com/app:committed",
+        "layout": f"file://{tmp_path}/layout/",
+    }[kind]
+    commit(node, tmp_path, container.id[:10], target)
+    if kind == "layout":
+        place: SourcePlace = LayoutPlace(tmp_path / "layout")
+    else:
+        place = containerd_place(target, node.containerd.address)
+    report = check(place, None, None, tmp_path / "check")
+    assert report.checks["blobs"] > 1
+    assert open_nydus(place).tree.find(b"/app/hello") is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,55 @@ def test_from_and_to_the_store(node: Node, vectors: Path, tmp_path: Path) -> Non
     )
     assert ran.stdout == "hello from a lazy image\n"
     node.remove_images()
+
+
+def test_every_command_with_the_store(node: Node, vectors: Path, tmp_path: Path) -> None:
+    """Images of containerd are converted, optimized, shared, checked and mounted as those of registries."""
+
+    def run(*arguments: str) -> dict[str, object]:
+        done = nydusify(node, tmp_path, *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, object] = json.loads(done.stdout)
+        return found
+
+    def complete(name: str) -> None:
+        node.containerd.collect_garbage()
+        said = node.containerd.ctr("images", "check", f"name=={name}").stdout
+        assert "complete" in said and "incomplete" not in said
+
+    archive, store = f"file://{vectors}/oci/run/source.tar", "containerd://k8s.io/example.com"
+    made = run("convert", "--source", archive, "--target", f"{store}/app:nydus")
+    assert made["target"] == f"{store}/app:nydus"
+    complete("example.com/app:nydus")
+    assert run("check", "--source", archive, "--target", f"{store}/app:nydus")["verified"] is True
+    (tmp_path / "files").write_text("/app/hello\n")
+    options = ("--prefetch-files", "files", "--target", f"{store}/app:fast")
+    fast = run("optimize", "--source", f"{store}/app:nydus", *options)
+    complete("example.com/app:fast")
+    run("check", "--source", archive, "--target", f"{store}/app:fast")
+    sources = f"{store}/app:nydus,{store}/app:fast"
+    run("chunkdict", "generate", "--sources", sources, "--target", f"{store}/dict:v1", "--work-dir", "made")
+    complete("example.com/dict:v1")
+    plain = run("convert", "--reverse", "--source", f"{store}/app:fast", "--target-archive", "back.tar.gz")
+    assert plain["target"] == "back.tar.gz"
+
+    command = [Path(sys.executable).with_name("nydusify"), "mount", "--target", f"{store}/app:fast", "--json"]
+    variables = {"PATH": "/usr/bin:/bin", "CONTAINERD_ADDR": str(node.containerd.address)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            found = json.loads(process.stdout.readline() or '{"mountpoint": "/none"}')
+            assert (Path(found["mountpoint"]) / "app/hello").read_text() == "hello from a lazy image\n"
+        finally:
+            process.terminate()
+            said = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, said
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left - {".cache"} == {"back.tar.gz", "files", "made", "output"}
+    node.remove_images()
+    assert fast["files"] == 1
 
 
 def test_what_is_not_there(node: Node, tmp_path: Path) -> None:
