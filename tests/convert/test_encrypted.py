@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ from documents import load
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify, one_fatal_line
 
+from nydus.convert.changes import Selection
+from nydus.convert.check import check
+from nydus.convert.commit import build_parts, put_committed
+from nydus.convert.opened import open_nydus, store_blob
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import encryption, model
 from nydus.oci.place import RegistryPlace
@@ -38,6 +45,38 @@ def keys(folder: Path) -> dict[str, tuple[Path, Path]]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     return keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def readers(
+    pairs: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[str, list[str]]]]:
+    """Names -> (recipient, files with which skopeo and we can decrypt), one for each way to wrap a key."""
+    found = {name: (f"jwe:{public}", [str(private)]) for name, (private, public) in pairs.items()}
+    folder = tmp_path_factory.mktemp("readers")
+    command = ["openssl", "req", "-x509", "-new", "-key", pairs["other"][0], "-subj", "/CN=x"]
+    subprocess.run([*command, "-out", folder / "cert.pem"], check=True, capture_output=True)
+    found["cert"] = (f"pkcs7:{folder}/cert.pem", [str(pairs["other"][0]), f"{folder}/cert.pem"])
+    if not shutil.which("gpg"):
+        yield found
+        return
+    home = tempfile.mkdtemp(prefix="gnupg-")  # a socket's path must be short
+    gpg = ["gpg", "--batch", "--quiet", "--homedir", home]
+    key = "Key-Type: RSA\nKey-Length: 2048\nSubkey-Type: RSA\nSubkey-Length: 2048\n%no-protection\n"
+    name = "Name-Real: Ann\nName-Email: ann@example.org\n"
+    subprocess.run([*gpg, "--gen-key"], input=f"{key}{name}".encode(), check=True, capture_output=True)
+    done = subprocess.run([*gpg, "--export-secret-keys", "ann"], check=True, capture_output=True)
+    (folder / "ann.gpg").write_bytes(done.stdout)
+    found["gpg"] = ("pgp:ann@example.org", [f"{folder}/ann.gpg"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GNUPGHOME", home)
+        yield found
+    subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=False)
+    shutil.rmtree(home)
+
+
+def keyring() -> dict[str, str]:
+    return {"GNUPGHOME": os.environ.get("GNUPGHOME", "/nowhere")}
 
 
 @pytest.fixture
@@ -128,7 +167,12 @@ def test_others_cannot_use_it(
 
 @pytest.mark.parametrize(
     ("recipient", "words"),
-    [("pgp:x@y", "'pgp' cannot be used"), ("key.pem", "is not jwe:<file>"), ("jwe:none", "No such file")],
+    [
+        ("pkcs11:x", "'pkcs11' cannot be used; use jwe:"),
+        ("key.pem", "does not say how"),
+        ("jwe:none", "No such file"),
+        ("pgp:x@y", "pgp:x@y: "),
+    ],
 )
 def test_wrong_recipients(nydusify: Nydusify, source: str, recipient: str, words: str) -> None:
     options = ("--source", source, "--target-suffix=-n", "--plain-http", "--encrypt-recipients", recipient)
@@ -168,33 +212,123 @@ def test_a_changed_layer_is_noticed(pairs: dict[str, tuple[Path, Path]]) -> None
 
 
 @pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
-@pytest.mark.parametrize("names", [["rsa"], ["ec"], ["rsa", "ec"]])
+@pytest.mark.skipif(not shutil.which("gpg"), reason="needs gpg")
+@pytest.mark.parametrize("names", [["rsa"], ["ec"], ["cert"], ["gpg"], ["rsa", "ec", "cert", "gpg"]])
 def test_skopeo_understands_it(
-    nydusify: Nydusify, source: str, pairs: dict[str, tuple[Path, Path]], names: list[str], tmp_path: Path
+    nydusify: Nydusify,
+    source: str,
+    readers: dict[str, tuple[str, list[str]]],
+    names: list[str],
+    tmp_path: Path,
 ) -> None:
     """What it encrypted we can decrypt, and what we encrypted it can."""
     layout = tmp_path / "layout"
     run = ["skopeo", "copy", "-q", "--src-tls-verify=false"]
     plain = f"{source}-plain"
     assert nydusify("convert", "--source", source, "--target", plain, "--plain-http").returncode == 0
+    recipients = [readers[name][0] for name in names]
     subprocess.run(
-        [*run, *(f"--encryption-key=jwe:{pairs[name][1]}" for name in names), "--encrypt-layer=-1",
+        [*run, *(f"--encryption-key={recipient}" for recipient in recipients), "--encrypt-layer=-1",
          f"docker://{plain}", f"oci:{layout}:x"], check=True,
     )  # fmt: skip
     for name in names:
-        key = ("--decryption-key", str(pairs[name][0]))
-        done = nydusify("check", "--target-archive", str(layout), "--no-mount", *key)
+        done = nydusify(
+            *("check", "--target-archive", str(layout), "--no-mount"),
+            *("--decryption-key", readers[name][1][0]),
+        )
         assert done.returncode == 0, done.stderr
-    recipients = [option for name in names for option in ("--encrypt-recipients", f"jwe:{pairs[name][1]}")]
     secret = f"{source}-secret"
-    done = nydusify("convert", "--source", source, "--target", secret, "--plain-http", *recipients)
+    done = nydusify(
+        *("convert", "--source", source, "--target", secret, "--plain-http"),
+        *("--encrypt-recipients", ",".join(recipients)),
+        env=keyring(),
+    )
     assert done.returncode == 0, done.stderr
     for name in names:
         back = tmp_path / name
-        subprocess.run(
-            [*run, f"--decryption-key={pairs[name][0]}", f"docker://{secret}", f"oci:{back}:x"], check=True
-        )
+        keys = [f"--decryption-key={file}" for file in readers[name][1]]
+        subprocess.run([*run, *keys, f"docker://{secret}", f"oci:{back}:x"], check=True)
         done = nydusify(
             "check", "--target-archive", str(back), "--source", source, "--plain-http", "--no-mount"
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("gpg"), reason="needs gpg")
+def test_it_can_be_optimized(
+    server: FaultyRegistry,
+    nydusify: Nydusify,
+    source: str,
+    image: str,
+    pairs: dict[str, tuple[Path, Path]],
+    readers: dict[str, tuple[str, list[str]]],
+    tmp_path: Path,
+) -> None:
+    key = ("--decryption-key", str(pairs["rsa"][0]))
+    (tmp_path / "files").write_text("/bin/busybox\n/etc/hostname\n/\n")
+    target = f"{source}-fast"
+    options = (
+        "--source",
+        image,
+        "--target",
+        target,
+        "--prefetch-files",
+        str(tmp_path / "files"),
+        "--plain-http",
+    )
+    message = one_fatal_line(nydusify("optimize", *options, *key))
+    assert "say with --encrypt-recipients who may read the new image" in message
+    recipients = f"{readers['cert'][0]},{readers['gpg'][0]}"
+    done = nydusify("optimize", *options, *key, "--encrypt-recipients", recipients, env=keyring())
+    assert done.returncode == 0, done.stderr
+    manifest = load(RegistryPlace(parse(target), plain_http=True).open(), parse(target).tag)
+    *blobs, last = manifest["layers"]
+    assert all(blob["annotations"]["containerd.io/snapshot/nydus-encrypted-blob"] == "true" for blob in blobs)
+    assert last["mediaType"] == "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+    assert last["annotations"]["containerd.io/snapshot/nydus-separated-blob-with-prefetch-files"]
+    assert not any(name.endswith("keys.jwe") for name in last["annotations"]), "who could read the old one"
+    for name in ("cert", "gpg"):
+        done = nydusify(
+            *("check", "--source", source, "--target", target, "--plain-http", "--no-mount"),
+            *("--decryption-key", readers[name][1][0]),
+        )
+        assert done.returncode == 0 and "the same as" in done.stderr, done.stderr
+    assert "none of the 1 keys given fits" in one_fatal_line(
+        nydusify("check", "--target", target, "--plain-http", *key)
+    )
+    stored = b"".join(path.read_bytes() for path in server.store.blobs.iterdir())
+    assert b"image.boot" not in stored
+    plain = f"{source}-plain"
+    assert nydusify("convert", "--source", source, "--target", plain, "--plain-http").returncode == 0
+    message = one_fatal_line(
+        nydusify("optimize", "--source", plain, *options[2:], "--encrypt-recipients", readers["rsa"][0])
+    )
+    assert "is not encrypted, nor would its blobs be" in message
+
+
+def test_it_can_be_committed_to(
+    source: str, image: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    place = RegistryPlace(parse(image), plain_http=True)
+    keys = encryption.private_keys([str(pairs["ec"][0])])
+    base = open_nydus(place, keys=keys)
+    upper, build = tmp_path / "upper", tmp_path / "build"
+    upper.mkdir()
+    build.mkdir()
+    (upper / "new").write_bytes(b"a secret of the container" * 10_000)
+    parts = build_parts(base, upper, "/", Selection(), build)
+    assert b"image.boot" not in parts[0].path.read_bytes(), "a bootstrap in a blob would have its key"
+    target = RegistryPlace(parse(f"{source}-committed"), plain_http=True)
+    writer = target.open_sink()
+    layers = {part.what: store_blob(part.path, writer, encrypted=base.encrypted) for part in parts}
+    readers = encryption.recipients([f"jwe:{pairs['other'][1]}"])
+    put_committed(base, parts, layers, [], writer, target.reference.tag, readers)
+    other = encryption.private_keys([str(pairs["other"][0])])
+    (tmp_path / "check").mkdir()
+    check(target, None, None, tmp_path / "check", keys=other)
+    made = open_nydus(target, keys=other)
+    assert made.encrypted and all(blob.cipher for blob in made.tree.blobs)
+    with pytest.raises(ConfigError, match="none of the 1 keys given fits"):
+        open_nydus(target, keys=keys)
+    with pytest.raises(ConfigError, match="say with --encrypt-recipients"):
+        base.require_readers(())

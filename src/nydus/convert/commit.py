@@ -238,4 +238,6 @@ def _build(what: str, write: Callable[[IO[bytes]], None], options: BuildOptions,
         raise
     if failed:
         raise failed[0]
+    if result.blob is not None:
+        result.blob.id = result.blob_digest  # in a registry it is found by that
     return _Part(what, path, result)
