@@ -97,7 +97,7 @@ def cut(after: int) -> Callable[[FaultyHandler], None]:
 
 
 def blob_of(handler: FaultyHandler) -> bytes:
-    return (handler.registry.store.blobs / handler.path.rpartition(":")[2]).read_bytes()
+    return (handler.registry.store.blobs / urlsplit(handler.path).path.rpartition(":")[2]).read_bytes()
 
 
 def whole(handler: FaultyHandler) -> None:
