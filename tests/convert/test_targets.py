@@ -223,3 +223,28 @@ def test_targets_that_cannot_be(
     refused = nydusify(command, "--source", f"file://{vectors}/oci/{image}", *target, *more)
     assert words in one_fatal_line(refused)
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.root
+def test_large_temporary_files_are_in_the_work_folder(
+    nydusify: Nydusify, vectors: Path, tmp_path: Path
+) -> None:
+    """TMPDIR may be a small file system in memory."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(small)], check=True)
+    try:
+        variables = {"TMPDIR": str(small)}
+        image = ("--source", f"file://{vectors}/oci/run/v6-zstd.tar")
+        done(nydusify("copy", *image, "--target", "file://a.tar.gz", "--json", env=variables))
+        source = ("--source", "file://a.tar.gz")
+        done(
+            nydusify("convert", "--reverse", *source, "--target", "file://b.tar.zst", "--json", env=variables)
+        )
+        done(
+            nydusify("copy", "--source", "file://b.tar.zst", "--target", "file://c/", "--json", env=variables)
+        )
+        done(nydusify("check", "--target", "file://a.tar.gz", "--no-mount", "--json", env=variables))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert {each.name for each in (tmp_path / "cwd").iterdir()} == {"a.tar.gz", "b.tar.zst", "c", "output"}
