@@ -169,6 +169,40 @@ def test_for_images_in_a_storage_backend(server: FaultyRegistry, nydusify: Nydus
     assert refused.returncode == 1 and f"is not in {folder}" in refused.stderr
 
 
+def test_of_images_in_a_storage_backend(server: FaultyRegistry, nydusify: Nydusify, tmp_path: Path) -> None:
+    """The dictionary has its blobs there, too, and is of use for images that go there."""
+    folder = tmp_path / "blobs"
+    where = ["--backend-type", "localfs", "--backend-config", json.dumps({"dir": str(folder)})]
+    stored, listed, target = (f"{server.host}/{name}" for name in ("one:nydus", "two:nydus", "dictionary:v1"))
+    convert(nydusify, push(server, "one", "abc"), stored, *where)
+    convert(nydusify, push(server, "two", "d", "cb"), listed)
+    command = ["chunkdict", "generate", "--sources", f"{listed},{stored}", "--plain-http", "--target", target]
+
+    refused = nydusify(*command)
+    assert refused.returncode == 1 and "say which with --backend-type" in refused.stderr
+    done = nydusify(*command, *where)
+    assert done.returncode == 0, done.stderr
+    made = open_nydus(place(target), host_platform())
+    assert made.elsewhere and len(made.tree.chunks) == 2
+    assert len(made.found.config.history or ()) == len(made.found.config.rootfs.diff_ids) == 1
+    ids = {blob.id for blob in made.tree.blobs}
+    assert ids and ids <= {path.name for path in folder.iterdir()}
+    assert set(made.metas) == ids
+    check(place(target), None, host_platform(), tmp_path, target_blobs=FolderPlace(folder))
+
+    third, built = push(server, "three", "be", "c"), f"{server.host}/three:shared"
+    before = set(folder.iterdir())
+    convert(nydusify, third, built, "--chunk-dict", f"bootstrap:registry:{target}", *where)
+    added = sum(path.stat().st_size for path in set(folder.iterdir()) - before)
+    assert 300_000 < added < 310_000, "two of its three files are not stored again"
+    check(place(built), place(third), None, tmp_path, target_blobs=FolderPlace(folder))
+
+    for path in folder.iterdir():
+        path.unlink()
+    lost = nydusify(*command[:3], f"{stored},{stored}", *command[4:], *where)
+    assert lost.returncode == 1 and f"is not in {folder}" in lost.stderr
+
+
 def test_identical_images_share_everything(server: FaultyRegistry, nydusify: Nydusify) -> None:
     source = push(server, "one", "ab")
     images = [f"{server.host}/{name}:nydus" for name in ("one", "copy")]
@@ -208,8 +242,10 @@ def test_what_cannot_be_used(
         copy(ArchivePlace(vectors / f"oci/{name}.tar"), place(f"{server.host}/app:{name}"))
     app = f"{server.host}/app"
     assert "at least two" in refused(f"{app}:v6-zstd")
-    assert "version of" in refused(f"{app}:v6-zstd", f"{app}:v5-zstd")
+    versions = refused(f"{app}:v6-zstd", f"{app}:v5-zstd")
+    assert "version of app:v5-zstd is 5, of the first image 6; build both with the same" in versions
     assert "is not a Nydus image" in refused(f"{app}:v6-zstd", f"{app}:source")
-    assert "digester of" in refused(f"{app}:v6-zstd", f"{app}:oci-ref")
+    digesters = refused(f"{app}:v6-zstd", f"{app}:oci-ref")
+    assert "digester of app:oci-ref is sha256, of the first image blake3; use either" in digesters
     assert "nothing" in refused(f"{app}:v6-zstd", f"{app}:nothing")
     assert not any("/new/manifests" in path for path in server.paths("PUT"))

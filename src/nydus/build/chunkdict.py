@@ -62,15 +62,25 @@ def generate(sources: Sequence[Source]) -> Tree:
         raise NydusError("no images to make a chunk dictionary of")
     first = sources[0].tree
     for source in sources[1:]:
-        for what, ours, theirs in (
-            ("version", first.version, source.tree.version),
-            ("chunk size", first.chunk_size, source.tree.chunk_size),
-            ("digester", first.flags & SuperFlag.HASH_SHA256, source.tree.flags & SuperFlag.HASH_SHA256),
+        for what, ours, theirs, advice in (
+            ("version", first.version, source.tree.version, "build both with the same --fs-version"),
+            (
+                "chunk size",
+                f"{first.chunk_size:#x}",
+                f"{source.tree.chunk_size:#x}",
+                "build both with the same --chunk-size",
+            ),
+            (
+                "digester",
+                _digester(first),
+                _digester(source.tree),
+                "use either indexes over ordinary layers (oci-ref), which have sha256, or built images, "
+                "which usually have blake3",
+            ),
         ):
             if ours != theirs:
-                raise NydusError(
-                    f"{what} of {source.name}:{source.tag} is {theirs}, of the first image {ours}"
-                )
+                name = f"{source.name}:{source.tag}"
+                raise NydusError(f"{what} of {name} is {theirs}, of the first image {ours}; {advice}")
     chunks, blobs = _shared([source.tree for source in sources])
     full = chunks["usize"] == first.chunk_size
     builder = TreeBuilder()
@@ -87,6 +97,10 @@ def generate(sources: Sequence[Source]) -> Tree:
     if first.version == 6 and all(blob.features & BlobFeature.INLINED_CHUNK_DIGEST for blob in blobs):
         flags |= SuperFlag.INLINED_CHUNK_DIGEST
     return builder.finish(first.version, first.chunk_size, flags, ordered, np.arange(len(ordered)), blobs)
+
+
+def _digester(tree: Tree) -> str:
+    return "sha256" if tree.flags & SuperFlag.HASH_SHA256 else "blake3"
 
 
 def _shared(trees: Sequence[Tree]) -> tuple[Array, list[BlobInfo]]:

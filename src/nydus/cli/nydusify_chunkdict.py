@@ -12,7 +12,7 @@ from nydus.cli.gostyle import GoCommand, GoGroup, option, reporting, tell_enviro
 from nydus.cli.logs import Log, human
 from nydus.cli.nydusify_places import SOURCE
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
-from nydus.errors import ConfigError, NydusError
+from nydus.errors import NydusError
 
 
 @click.group(cls=GoGroup, commands_in={}, short_help="Make chunk dictionaries.")
@@ -33,9 +33,9 @@ def chunkdict() -> None:
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
-@option("--backend-type", hidden=True)
-@option("--backend-config", hidden=True)
-@option("--backend-config-file", hidden=True)
+@option("--backend-type", help="Where blobs are that sources do not list: oss, s3 or localfs.")
+@option("--backend-config", help="Its configuration as JSON.")
+@option("--backend-config-file", help="A file with that.")
 @option(
     "--work-dir", env="WORK_DIR", default="./output", help="For documents and dictionary; kept. [./output]"
 )
@@ -48,18 +48,20 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
     """Make a dictionary of the chunks that at least two images have.
 
     Conversions that are given it (convert --chunk-dict bootstrap:registry:TARGET) refer to these chunks, and
-    do not store them again. The images must have been built with the same version and chunk size.
+    do not store them again. The images must have been built with the same version and chunk size. Of images
+    in a storage backend, the dictionary is for conversions into the same backend.
     """
-    from nydus.cli.nydusify_places import platforms, source_place
+    from nydus.cli.nydusify_places import backend_config, platforms, source_place
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
+    from nydus.convert.backend import backend_place
     from nydus.convert.chunkdict import generate as run
     from nydus.oci.place import SinkPlace
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
-    if values["backend_type"]:
-        raise ConfigError("--backend-type is not supported: the dictionary refers to blobs in registries")
+    found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
+    backend = backend_place(*found) if found else None
     plain = values["plain_http"]
     names = [name.strip() for text in values["sources"] for name in text.split(",") if name.strip()]
     sources = [
@@ -90,9 +92,8 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
         )
     with progress_for(log) as progress, sink as target:
         where = str(target or "")
-        made = run(
-            sources, target, platforms(values["platform"], values["all_platforms"]), work_dir, progress
-        )
+        chosen = platforms(values["platform"], values["all_platforms"])
+        made = run(sources, target, chosen, work_dir, progress, backend)
     for share in made.images:
         percent = 100 * share.shared_size / share.size if share.size else 0
         log.info(

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from nydus.convert.backend import BackendPlace
 from nydus.convert.copy import linkable_repository
+from nydus.convert.layers import readable
 from nydus.convert.opened import Opened, open_each, put_variant
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
@@ -68,6 +70,7 @@ def generate(
     platforms: Sequence[Platform] | None,
     work_dir: Path,
     progress: Progress | None = None,
+    backend: BackendPlace | None = None,
 ) -> Dictionary:
     """Makes a dictionary of the chunks that at least two images have, for conversions to refer to.
 
@@ -76,9 +79,11 @@ def generate(
         platforms: None is all; each platform of a source counts as an image.
         work_dir: gets documents and bootstrap of each source, the dictionary (``chunkdict_bootstrap``), all
             chunks as an SQLite database (``database.db``) and a report. Kept.
+        backend: where the blobs of sources are that do not list them. The dictionary in the target then does
+            not list any, and serves conversions into the same backend.
 
     Raises:
-        ConfigError: a source is no Nydus image, or one with its blobs in a storage backend.
+        ConfigError: a source is no Nydus image, or its blobs are not where they should be.
         NydusError: they were built with different options, or cannot be read.
     """
     from nydus.build import chunkdict as build
@@ -92,7 +97,8 @@ def generate(
         progress.note("pulling bootstrap", image=place)
         found = open_each(place, platforms)
         for image in found:
-            _check(image, target is not None)
+            if target is not None:
+                _check(image, backend)
             _dump(image, work_dir, len(found) > 1)
         images += found
     if len(images) < 2:
@@ -104,16 +110,18 @@ def generate(
     write_file(str(work_dir / "chunkdict_bootstrap"), write_bootstrap(tree))
     result = _measure(images, tree)
     if target is not None:
-        result.descriptor = _push(images, tree, sources, target, name, progress)
+        result.descriptor = _push(images, tree, target, name, progress, backend)
     document = dataclasses.asdict(result)
     document["descriptor"] = msgspec.to_builtins(result.descriptor)
     write_file(str(work_dir / "nydus_bootstrap_output.json"), json.dumps(document, indent=2).encode() + b"\n")
     return result
 
 
-def _check(image: Opened, pushed: bool) -> None:
-    if pushed and image.elsewhere:
-        raise ConfigError(f"{image.place}: its blobs are in a storage backend: leave out --target")
+def _check(image: Opened, backend: BackendPlace | None) -> None:
+    if image.elsewhere and not backend:
+        raise ConfigError(f"{image.place}: its blobs are in a storage backend; say which with --backend-type")
+    if backend and any(model.NYDUS_REF in layer.annotations for layer in image.blobs):
+        raise ConfigError(f"{image.place}: oci-ref cannot be used with a storage backend")
 
 
 def _named(image: Opened) -> Any:
@@ -179,28 +187,44 @@ def _distinct(tree: Tree) -> tuple[Array, Array]:
 def _push(
     images: Sequence[Opened],
     tree: Tree,
-    sources: Sequence[SourcePlace],
     target: SinkPlace,
     name: str,
     progress: Progress,
+    backend: BackendPlace | None,
 ) -> Descriptor:
     writer = target.open_sink()
-    layers = []
+    sink = backend.open_sink() if backend else writer
+    layers: list[Descriptor] = []
     metas: dict[str, bytes] = {}
     progress.note("pushing image", image=target)
     for blob in tree.blobs:
-        homes = ((image, image.layer_of(f"sha256:{blob.id}")) for image in images)
-        home, layer = next(((image, layer) for image, layer in homes if layer), (None, None))
-        if home is None or layer is None:
-            raise NydusError(f"blob {blob.id} of the dictionary is in no manifest")
-        home.copy_to(writer, linkable_repository(home.place, target), Silent(), [layer])
-        layers.append(layer)
-        metas |= {key: data for key, data in home.metas.items() if f"sha256:{key}" == layer.digest}
+        home, layer = _home(images, blob.id)
+        if layer:
+            link_from = "" if backend else linkable_repository(home.place, target)
+            home.copy_to(sink, link_from, Silent(), [layer])
+            layers += [] if backend else [layer]
+        elif backend:
+            with readable(backend, sink) as stored:
+                if not stored.has_blob(f"sha256:{blob.id}"):
+                    raise ConfigError(f"{home.place}: its blob {blob.id} is not in {backend}")
+        digest = layer.digest if layer else f"sha256:{blob.id}"
+        metas |= {key: data for key, data in home.metas.items() if f"sha256:{key}" == digest}
     base = _without_origin(images[0])
-    history = [f"chunkdict generate: blob with shared chunks {blob.id[:12]}" for blob in tree.blobs]
+    history = [f"chunkdict generate: blob with shared chunks {layer.digest[7:19]}" for layer in layers]
     made = put_variant(base, writer, name, tree, layers, metas=metas, annotations={}, history=history)
     progress.note("pushed image", image=target)
     return made
+
+
+def _home(images: Sequence[Opened], blob_id: str) -> tuple[Opened, Descriptor | None]:
+    """An image that has a blob, and the layer through which; None if it is in a storage backend."""
+    for image in images:
+        if layer := image.layer_of(f"sha256:{blob_id}"):
+            return image, layer
+    for image in images:
+        if image.elsewhere and any(blob.id == blob_id for blob in image.tree.blobs):
+            return image, None
+    raise NydusError(f"blob {blob_id} of the dictionary is in no manifest")
 
 
 def _without_origin(image: Opened) -> Opened:
