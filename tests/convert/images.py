@@ -35,9 +35,9 @@ def docker_image(server: FaultyRegistry, source: str) -> RegistryPlace:
     return place(f"{server.host}/small:docker")
 
 
-def two_platforms(server: FaultyRegistry, source: str) -> RegistryPlace:
-    """An index of the source image for two platforms, with an attestation as BuildKit adds them."""
-    with Registry(server.host, plain_http=True) as registry:
+def two_platforms(host: str) -> RegistryPlace:
+    """An index of the image ``small`` for two platforms, with an attestation as BuildKit adds them."""
+    with Registry(host, plain_http=True) as registry:
         repository = registry.repository("small")
         manifest = json.loads(repository.manifest("latest")[1])
         entries = []
@@ -63,7 +63,7 @@ def two_platforms(server: FaultyRegistry, source: str) -> RegistryPlace:
         }
         index = {"schemaVersion": 2, "mediaType": model.OCI_INDEX, "manifests": [*entries, note]}
         repository.put_manifest("two", model.encode(index), model.OCI_INDEX)
-    return place(f"{server.host}/small:two")
+    return place(f"{host}/small:two")
 
 
 def no_tag(server: FaultyRegistry) -> bool:

@@ -97,7 +97,7 @@ def test_docker_schema_2(server: FaultyRegistry, source: str, vectors: Path, oci
 
 
 def test_platforms(server: FaultyRegistry, source: str) -> None:
-    both = two_platforms(server, source)
+    both = two_platforms(server.host)
     target = place(f"{server.host}/small:nydus")
     image(both, target, platforms=[model.Platform(os="linux", architecture="arm64")])
     assert load(target.open(), "nydus")["config"]["content"]["architecture"] == "arm64"
@@ -139,7 +139,7 @@ def test_layouts_and_archives(tmp_path: Path, vectors: Path) -> None:
 
 
 def test_copies_keep_every_digest(server: FaultyRegistry, source: str, tmp_path: Path) -> None:
-    both = two_platforms(server, source)
+    both = two_platforms(server.host)
     copied = copy(both, LayoutPlace(tmp_path / "out"))
     assert copied.present == 0
     assert Layout(tmp_path / "out").manifest("")[1] == both.open().manifest("two")[1]

@@ -5,6 +5,7 @@ What they unpack is the truth: a mistake that our reader and our writer of layer
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from nydusify_command import Nydusify
+from documents import load
+from faulty import FaultyRegistry
+from images import place, two_platforms
+from nydusify_command import Nydusify, one_fatal_line
 from tools import Snapshot, must_be_equal, needs_skopeo, needs_umoci, skopeo, snapshot, umoci
+
+from nydus.oci import model
 
 pytestmark = [needs_skopeo, pytest.mark.vectors]
 
@@ -176,3 +183,110 @@ def test_what_umoci_unpacks_stays_the_same(
 ) -> None:
     assert len(truth) > 20 and "disk/young" in truth and "opaque/old" not in truth
     to_and_fro(nydusify, docker_registry, made, tmp_path, truth, *options, forms=forms)
+
+
+@needs_umoci
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_real_image(
+    nydusify: Nydusify, docker_registry: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if not (REAL_IMAGE / "index.json").exists():
+        pytest.skip(f"{REAL_IMAGE} is no OCI layout; name one with NYDUS_TEST_IMAGE")
+    truth = unpacked(REAL_IMAGE, tmp_path_factory.mktemp("truth"))
+    assert len(truth) > 5000
+    to_and_fro(nydusify, docker_registry, REAL_IMAGE, tmp_path, truth)
+
+
+def test_skopeo_pushes_and_we_pull(nydusify: Nydusify, docker_registry: str, vectors: Path) -> None:
+    archive = f"oci-archive:{vectors}/oci/source.tar"
+    skopeo("copy", archive, f"docker://{docker_registry}/small:latest")
+    target = f"{docker_registry}/a/b:nydus"
+    run(nydusify, "convert", "--source", f"{docker_registry}/small", "--target", target)
+    chunked = f"{docker_registry}/chunked:v1"
+    run(nydusify, "copy", "--source", target, "--target", chunked, "--push-chunk-size", "7kB")
+    missing = ("--source", f"{docker_registry}/small:none", "--target", target, "--plain-http")
+    assert "404" in one_fatal_line(nydusify("convert", *missing))
+
+
+def test_skopeo_reads_and_writes_the_embedded_registry(
+    server: FaultyRegistry, vectors: Path, tmp_path: Path
+) -> None:
+    skopeo("copy", f"oci-archive:{vectors}/oci/v6-zstd.tar", f"docker://{server.host}/x/y:v1")
+    skopeo("copy", f"docker://{server.host}/x/y:v1", f"dir:{tmp_path}/dir")
+    assert json.loads(skopeo("list-tags", f"docker://{server.host}/x/y"))["Tags"] == ["v1"]
+
+
+class Reader:
+    """skopeo, which checks every digest of what it copies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+
+    def __call__(self, name: str, *options: str) -> dict[str, Any]:
+        """The manifest or index, after all of it has been read."""
+        self._count += 1
+        folder = self._folder / f"copy{self._count}"
+        skopeo("copy", "--all", *options, name, f"dir:{folder}")
+        raw = skopeo("inspect", "--raw", name)
+        document: dict[str, Any] = json.loads(raw)
+        if "manifests" in document:  # which old versions write anew, without the type of artifacts
+            for entry in document["manifests"]:
+                data = (folder / f"{entry['digest'][7:]}.manifest.json").read_bytes()
+                assert model.digest(data) == entry["digest"]
+        else:
+            assert (folder / "manifest.json").read_text() == raw
+        return document
+
+
+def test_skopeo_reads_all_that_we_write(
+    nydusify: Nydusify, docker_registry: str, vectors: Path, tmp_path: Path
+) -> None:
+    read, here = Reader(tmp_path), f"{docker_registry}/small"
+    archive = f"oci-archive:{vectors}/oci/source.tar"
+    skopeo("copy", archive, f"docker://{here}:latest")
+    skopeo("copy", "--format", "v2s2", archive, f"docker://{here}:docker")
+
+    run(nydusify, "convert", "--source", f"{here}:docker", "--target", f"{here}:schema2")
+    # A form of the reference that skopeo does not copy: no such layers are in Docker's schema.
+    found = json.loads(skopeo("inspect", "--raw", f"docker://{here}:schema2"))
+    assert found["mediaType"] == model.DOCKER_MANIFEST and len(found["layers"]) == 4
+    digest = json.loads(skopeo("inspect", f"docker://{here}:docker"))["Digest"]
+    assert found["annotations"][model.NYDUS_SOURCE_DIGEST] == digest
+
+    run(nydusify, "convert", "--source", f"{here}:docker", "--target", f"{here}:oci", "--oci")
+    assert len(read(f"docker://{here}:oci")["layers"]) == 4
+
+    two_platforms(docker_registry)
+    options = ("--all-platforms", "--merge-platform", "--with-referrer")
+    run(nydusify, "convert", "--source", f"{here}:two", "--target", f"{here}:merged", *options)
+    index = read(f"docker://{here}:merged")
+    kinds = [entry.get("artifactType") for entry in index["manifests"]]
+    assert kinds == [None, None, *[model.NYDUS_MANIFEST] * 2]
+    for number, architecture in enumerate(("amd64", "arm64")):
+        # What knows nothing of Nydus gets the ordinary image of its platform.
+        wanted = ("--override-os", "linux", "--override-arch", architecture)
+        skopeo("copy", *wanted, f"docker://{here}:merged", f"dir:{tmp_path}/{architecture}")
+        data = (tmp_path / architecture / "manifest.json").read_bytes()
+        assert model.digest(data) == index["manifests"][number]["digest"]
+        origin = load(place(f"{here}:two").open(), "two")["manifests"][number]["content"]
+        layers = json.loads(data)["layers"]
+        assert [layer["digest"] for layer in layers[1:]] == [x["digest"] for x in origin["layers"]]
+
+    run(
+        nydusify, "copy", "--source", f"{here}:merged", "--target", f"{here}-copied:merged", "--all-platforms"
+    )
+    assert read(f"docker://{here}-copied:merged") == index
+
+    written = tmp_path / "cwd/written.tar"
+    run(nydusify, "convert", "--source", f"{here}:latest", "--target-archive", str(written))
+    found = read(f"oci-archive:{written}")
+    assert found["layers"][-1]["annotations"][model.NYDUS_BOOTSTRAP] == "true"
+
+    reversed_ = tmp_path / "cwd/back.tar"
+    reverse = ("--reverse", "--source", f"{here}:merged", "--target-archive", str(reversed_))
+    run(nydusify, "convert", *reverse, "--platform", "linux/amd64")
+    found = read(f"oci-archive:{reversed_}")
+    assert {layer["mediaType"] for layer in found["layers"]} == {model.OCI_LAYER_GZIP}
+    described = json.loads(skopeo("inspect", f"oci-archive:{reversed_}"))
+    assert described["Architecture"] == "amd64" and len(described["Layers"]) == 3
