@@ -20,7 +20,7 @@ from nydus.cli.gostyle import (
     tell_unused,
 )
 from nydus.cli.logs import Log, human
-from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: What is about the comparison with a source.
 _OF_SOURCE = (
-    "nydusd", "source_insecure",
+    "nydusd", "source_insecure", "source_plain_http",
     "source_backend_type", "source_backend_config", "source_backend_config_file",
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ _OF_SOURCE = (
 @option("--target-archive", type=click.Path(), help=SOURCE_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option(
     "--source-backend-type", env="BACKEND_TYPE", help="Where a Nydus source's blobs are: oss, s3 or localfs."
 )
@@ -98,16 +98,15 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     for unused, names, why in (
         (alone, _OF_SOURCE, "without --source"),
         (not alone and values["no_mount"], ("nydusd",), "with --no-mount"),
-        (values["source_archive"], ("source_insecure",), "with --source-archive"),
-        (values["target_archive"], ("target_insecure",), "with --target-archive"),
+        (values["source_archive"], ("source_insecure", "source_plain_http"), "with --source-archive"),
+        (values["target_archive"], ("target_insecure", "target_plain_http"), "with --target-archive"),
     ):
         if unused:
             tell_unused(ctx, log, names, why)
-    plain = values["plain_http"]
     target = source_place(
         values["target"],
         values["target_archive"],
-        plain_http=plain,
+        plain_http=speaks_http(values, "target"),
         insecure=values["target_insecure"],
         option="target",
         work_dir=values["work_dir"],
@@ -117,7 +116,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         source = source_place(
             values["source"],
             values["source_archive"],
-            plain_http=plain,
+            plain_http=speaks_http(values, "source"),
             insecure=values["source_insecure"],
             option="source",
             work_dir=values["work_dir"],

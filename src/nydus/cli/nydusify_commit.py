@@ -16,6 +16,7 @@ from nydus.cli.gostyle import (
     tell_environment,
 )
 from nydus.cli.logs import Log, human
+from nydus.cli.nydusify_places import plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError, NydusError
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @option("--namespace", "-n", env="NAMESPACE", default="default", help="Namespace of the container. [default]")
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option("--maximum-times", env="MAXIMUM_TIMES", default=400, help="Most layers that commits may add. [400]")
 @option(
     "--with-path",
@@ -61,14 +62,13 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     The container is held still while its changes are read, not while they are pushed. It must be one of this
     machine and run a Nydus image.
     """
-    from nydus.cli.nydusify_places import work_dir
+    from nydus.cli.nydusify_places import source_registry, work_dir
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.containerd.containers import Containers
     from nydus.convert.changes import parse_selection
     from nydus.convert.commit import commit as run
     from nydus.oci.encryption import private_keys, recipients
-    from nydus.oci.place import registry_place
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
@@ -78,15 +78,15 @@ def commit(ctx: click.Context, /, **values: Any) -> None:
     keys, readers = private_keys(values["decryption_key"]), recipients(values["encrypt_recipients"])
     with Containers(values["containerd_address"], values["namespace"]) as containers:
         container = containers.find(values["container"])
-        base = registry_place(
-            _image_of(container), plain_http=values["plain_http"], insecure=values["source_insecure"]
+        base = source_registry(
+            _image_of(container), plain_http=speaks_http(values, "source"), insecure=values["source_insecure"]
         )
         sink = target_place(
             values["target"],
             values["target_archive"],
             base,
             folder=Path(values["work_dir"]),
-            plain_http=values["plain_http"],
+            plain_http=speaks_http(values, "target"),
             insecure=values["target_insecure"],
             containerd=values["containerd_address"],
         )

@@ -24,30 +24,37 @@ from nydus.cli.gostyle import (
     tell_unused,
 )
 from nydus.cli.logs import Log, human
-from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.durations import duration
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
     from nydus.convert.image import Result
+    from nydus.oci.place import SinkPlace, SourcePlace
     from nydus.oci.reference import Reference
 
 #: What says how a Nydus image is made.
 _OF_NYDUS = (
     "merge_platform", "oci_ref", "with_referrer", "oci", "fs_version", "fs_chunk_size", "batch_size",
     "compressor", "fs_align_chunk", "backend_aligned_chunk", "prefetch_dir", "prefetch_patterns",
-    "chunk_dict", "chunk_dict_insecure", "build_cache", "build_cache_tag", "build_cache_version",
-    "build_cache_insecure", "build_cache_max_records", "backend_force_push", "encrypt_recipients",
+    "chunk_dict", "chunk_dict_insecure", "chunk_dict_plain_http", "build_cache", "build_cache_tag",
+    "build_cache_version", "build_cache_insecure", "build_cache_plain_http", "build_cache_max_records",
+    "backend_force_push", "encrypt_recipients",
 )  # fmt: skip
 #: What makes no difference to a model artifact, whose layers stay.
 _NOT_OF_MODELS = (
     *(name for name in _OF_NYDUS if name not in ("fs_chunk_size", "prefetch_dir", "prefetch_patterns")),
     "backend_type", "platform", "all_platforms", "reverse", "source_backend_config", "no_reuse",
 )  # fmt: skip
-_OF_CACHE = ("build_cache_version", "build_cache_insecure", "build_cache_max_records")
-_OF_SOURCE = ("source_insecure",)
-_OF_TARGET = ("target_insecure", "push_chunk_size")
+_OF_CACHE = (
+    "build_cache_version",
+    "build_cache_insecure",
+    "build_cache_plain_http",
+    "build_cache_max_records",
+)
+_OF_SOURCE = ("source_insecure", "source_plain_http")
+_OF_TARGET = ("target_insecure", "target_plain_http", "push_chunk_size")
 
 
 @click.command(cls=GoCommand, short_help="Convert an image to a Nydus image.")
@@ -58,7 +65,7 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 @option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option("--platform", help="os/architecture[/variant], separated by commas; default: this machine's.")
 @option("--all-platforms", is_flag=True, help="Convert the images of all platforms.")
 @option(
@@ -89,6 +96,7 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 @option("--prefetch-patterns", env="PREFETCH_PATTERNS", is_flag=True, help="Read such paths from stdin.")
 @option("--chunk-dict", env="CHUNK_DICT", help="Share chunks with bootstrap:registry:<reference>.")
 @option("--chunk-dict-insecure", env="CHUNK_DICT_INSECURE", is_flag=True, help="Accept any TLS certificate.")
+@option("--chunk-dict-plain-http", env="CHUNK_DICT_PLAIN_HTTP", is_flag=True, help="Speak http there.")
 @option("--build-cache", env="BUILD_CACHE", help="Reference of an image with layers converted before.")
 @option("--build-cache-tag", env="BUILD_CACHE_TAG", help="The same, as a tag in the target's repository.")
 @option(
@@ -97,6 +105,7 @@ _OF_TARGET = ("target_insecure", "push_chunk_size")
 @option(
     "--build-cache-insecure", env="BUILD_CACHE_INSECURE", is_flag=True, help="Accept any TLS certificate."
 )
+@option("--build-cache-plain-http", env="BUILD_CACHE_PLAIN_HTTP", is_flag=True, help="Speak http there.")
 @option("--build-cache-max-records", env="BUILD_CACHE_MAX_RECORDS", default=200, help="1 to 200. [200]")
 @option(
     "--backend-type",
@@ -164,7 +173,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     source = source_place(
         values["source"],
         values["source_archive"],
-        plain_http=values["plain_http"],
+        plain_http=speaks_http(values, "source"),
         insecure=values["source_insecure"],
         option="source",
         work_dir=values["work_dir"],
@@ -180,7 +189,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         (not values["reverse"], ("decryption_key",), "without --reverse"),
         (values["all_platforms"], ("platform",), "with --all-platforms"),
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
-        (not values["chunk_dict"], ("chunk_dict_insecure",), "without --chunk-dict"),
+        (not values["chunk_dict"], ("chunk_dict_insecure", "chunk_dict_plain_http"), "without --chunk-dict"),
         (not values["backend_type"], ("backend_force_push",), "without --backend-type"),
         (not isinstance(source, RegistryPlace), _OF_SOURCE, "on a source that is not in a registry"),
         (values["target_archive"] or "://" in target, _OF_TARGET, "on a target that is not in a registry"),
@@ -213,7 +222,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         values["target_archive"],
         source,
         folder=folder,
-        plain_http=values["plain_http"],
+        plain_http=speaks_http(values, "target"),
         insecure=values["target_insecure"],
         push_chunk_size=byte_size(values["push_chunk_size"]),
     )
@@ -230,8 +239,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             with _blobs(values) as blobs, work_dir(folder) as base:
                 result = reverse(source, place, options, progress, chosen, blobs, keys, work_dir=base)
         else:
-            cache, backend = _build_cache(values, target), _backend(values)
-            chunks = _dictionary(values)
+            cache, backend = _build_cache(values, target, source, place), _backend(values)
+            chunks = _dictionary(values, source, place)
             result = image(source, place, options, progress, chosen, cache, backend, chunks, fork=True)
     _tell(log, result, where)
     if output:
@@ -301,25 +310,36 @@ def _blobs(values: dict[str, Any]) -> AbstractContextManager[Any]:
     return closing(place.open()) if place else nullcontext()
 
 
-def _dictionary(values: dict[str, Any]) -> Any:
+def _http(values: dict[str, Any], side: str, reference: Reference, *near: SourcePlace | SinkPlace) -> bool:
+    """Whether to speak http for an image, which is reached like one nearby in the same registry."""
+    from nydus.oci.place import RegistryPlace
+
+    return speaks_http(values, side) or any(
+        place.plain_http and place.reference.host == reference.host
+        for place in near
+        if isinstance(place, RegistryPlace)
+    )
+
+
+def _dictionary(values: dict[str, Any], *near: SourcePlace | SinkPlace) -> Any:
     """The image whose chunks ``--chunk-dict`` says to refer to, or None."""
-    from nydus.oci.place import registry_place
-    from nydus.oci.reference import parse
+    from nydus.cli.nydusify_places import image_reference, source_registry
 
     text = values["chunk_dict"]
     if not text:
         return None
     if not text.startswith("bootstrap:registry:"):
         raise ConfigError(f"--chunk-dict {text!r} is not bootstrap:registry:<reference>")
-    reference = parse(text.removeprefix("bootstrap:registry:"))
-    return registry_place(reference, plain_http=values["plain_http"], insecure=values["chunk_dict_insecure"])
+    reference = image_reference(text.removeprefix("bootstrap:registry:"), "chunk-dict")
+    http = _http(values, "chunk_dict", reference, *near)
+    return source_registry(reference, plain_http=http, insecure=values["chunk_dict_insecure"])
 
 
-def _build_cache(values: dict[str, Any], target: str) -> Any:
+def _build_cache(values: dict[str, Any], target: str, *near: SourcePlace | SinkPlace) -> Any:
     """The build cache that the options name, or None; a mere tag is one of the target's repository."""
+    from nydus.cli.nydusify_places import image_reference
     from nydus.convert.cache import BuildCache
     from nydus.oci.place import registry_place
-    from nydus.oci.reference import parse
 
     if values["build_cache"] and values["build_cache_tag"]:
         raise ConfigError("--build-cache and --build-cache-tag cannot be used together")
@@ -330,11 +350,15 @@ def _build_cache(values: dict[str, Any], target: str) -> Any:
     tag = values["build_cache_tag"]
     if tag and (not target or "://" in target):
         raise ConfigError("--build-cache-tag needs a --target in a registry; use --build-cache")
-    reference = parse(target).with_tag(tag) if tag else parse(values["build_cache"])
+    if tag:
+        reference = image_reference(target, "target").with_tag(tag)
+    else:
+        reference = image_reference(values["build_cache"], "build-cache")
     if reference.digest:
         raise ConfigError("--build-cache must be a tag, not a digest")
     insecure = values["build_cache_insecure"] or (bool(tag) and values["target_insecure"])
-    place = registry_place(reference, plain_http=values["plain_http"], insecure=insecure)
+    http = _http(values, "build_cache", reference, *near)
+    place = registry_place(reference, plain_http=http, insecure=insecure)
     return BuildCache(place, values["build_cache_version"], values["build_cache_max_records"])
 
 

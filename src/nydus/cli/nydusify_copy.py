@@ -9,7 +9,7 @@ import click
 
 from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
-from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
 
@@ -25,7 +25,7 @@ from nydus.errors import ConfigError
 @option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option("--source-backend-type", env="BACKEND_TYPE", help="Where the source's blobs are: oss, s3 or localfs.")
 @option("--source-backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
 @option("--source-backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
@@ -65,11 +65,11 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         values["source_backend_config_file"],
         "--source-backend",
     )
-    plain, chosen = values["plain_http"], platforms(values["platform"], values["all_platforms"])
+    chosen = platforms(values["platform"], values["all_platforms"])
     source = source_place(
         values["source"],
         values["source_archive"],
-        plain_http=plain,
+        plain_http=speaks_http(values, "source"),
         insecure=values["source_insecure"],
         option="source",
         work_dir=values["work_dir"],
@@ -83,7 +83,7 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         values["target_archive"],
         source,
         folder=Path(values["work_dir"]),
-        plain_http=plain,
+        plain_http=speaks_http(values, "target"),
         insecure=values["target_insecure"],
         push_chunk_size=byte_size(values["push_chunk_size"]),
     )

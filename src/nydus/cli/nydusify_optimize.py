@@ -17,7 +17,7 @@ from nydus.cli.gostyle import (
     tell_environment,
 )
 from nydus.cli.logs import Log, human
-from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
 
@@ -31,7 +31,7 @@ _TOLD = 5
 @option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option(
     "--prefetch-files",
     env="PREFETCH_FILES",
@@ -67,11 +67,10 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
-    plain = values["plain_http"]
     source = source_place(
         values["source"],
         values["source_archive"],
-        plain_http=plain,
+        plain_http=speaks_http(values, "source"),
         insecure=values["source_insecure"],
         option="source",
         work_dir=values["work_dir"],
@@ -81,7 +80,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
         values["target_archive"],
         source,
         folder=Path(values["work_dir"]),
-        plain_http=plain,
+        plain_http=speaks_http(values, "target"),
         insecure=values["target_insecure"],
         push_chunk_size=byte_size(values["push_chunk_size"]),
     )

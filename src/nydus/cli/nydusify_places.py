@@ -6,12 +6,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nydus.cli.gostyle import option as _option
 from nydus.cli.gostyle import warn
 from nydus.errors import ConfigError, NydusError
 
@@ -49,14 +50,12 @@ def source_place(
     Raises:
         ConfigError: neither is given, or the reference is wrong.
     """
-    from nydus.oci.reference import parse
-
     if reference and reference.startswith("file://"):
         if archive:
             raise ConfigError(f"--{option} {reference} and --{option}-archive cannot be used together")
         archive, reference = reference.removeprefix("file://"), None
     if archive:
-        place = archive_place(archive, str(parse(reference)) if reference else "")
+        place = archive_place(archive, str(image_reference(reference, option)) if reference else "")
         return place if work_dir is None else inflated(place, Path(work_dir))
     if not reference:
         raise ConfigError(f"--{option} or --{option}-archive is needed")
@@ -64,7 +63,57 @@ def source_place(
         from nydus.containerd.store import containerd_place
 
         return containerd_place(reference)
-    return source_registry(parse(reference), plain_http=plain_http, insecure=insecure)
+    return source_registry(image_reference(reference, option), plain_http=plain_http, insecure=insecure)
+
+
+def plain_http(command: Any) -> Any:
+    """Gives a command with a source and a target the options about registries without TLS."""
+    for side, help in (
+        ("target-", "Speak http to the registry of the target."),
+        ("source-", "Speak http to the registry of the source."),
+        ("", "Speak http to all registries."),
+    ):
+        env = f"{side}plain-http".upper().replace("-", "_")
+        command = _option(f"--{side}plain-http", env=env, is_flag=True, help=help)(command)
+    return command
+
+
+def speaks_http(values: Mapping[str, Any], side: str) -> bool:
+    """Whether to speak http to the registry of the ``source`` or ``target``."""
+    return bool(values["plain_http"] or values[f"{side}_plain_http"])
+
+
+#: How skopeo, podman and buildah name images that are not in registries; all but docker:// look like names.
+_TRANSPORT = re.compile(
+    r"(docker|https?)://(.*)"
+    r"|(oci|oci-archive|docker-archive|docker-daemon|containers-storage|dir|ostree|sif|tarball):(.*)"
+)
+
+
+def image_reference(text: str, option: str) -> Reference:
+    """The image in a registry that an option names.
+
+    Raises:
+        ConfigError: it is no reference, or one in the form that skopeo has for archives and other places.
+    """
+    from nydus.oci.reference import parse
+
+    found = _TRANSPORT.fullmatch(text)
+    if found is None:
+        return parse(text)
+    if found[1]:
+        http = " with --plain-http" if found[1] == "http" else ""
+        raise ConfigError(f"--{option} {text}: a reference has no {found[1]}://; write {found[2]}{http}")
+    kind, (path, _, name) = found[3], found[4].partition(":")
+    instead = "there are references, file://PATH and containerd://NAMESPACE/REFERENCE"
+    if kind in ("oci", "oci-archive", "docker-archive"):
+        path = f"{path.rstrip('/')}/" if kind == "oci" else path
+        instead = f"write file://{path}"
+        if name and (kind == "oci" or option != "target"):
+            instead += f":{name}"
+    with suppress(ConfigError):
+        instead += f" (or, for an image that is called so, {parse(text)})"
+    raise ConfigError(f"--{option} {text}: {kind}: is not known here; {instead}")
 
 
 def archive_place(text: str, name: str = "") -> LayoutPlace | ArchivePlace:

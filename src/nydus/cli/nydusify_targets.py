@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nydus.cli.nydusify_places import image_name, work_dir
+from nydus.cli.nydusify_places import image_name, image_reference, work_dir
 from nydus.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def target_place(
     from nydus.containerd.store import SCHEME, containerd_place, write_image
     from nydus.oci.layout import Layout
     from nydus.oci.place import LayoutPlace, registry_place
-    from nydus.oci.reference import parse
 
     option = "--target-archive"
     if text and text.startswith("file://"):
@@ -86,16 +85,19 @@ def target_place(
             write_image(Layout(made), place)
     else:
         yield registry_place(
-            parse(text), plain_http=plain_http, insecure=insecure, push_chunk_size=push_chunk_size
+            image_reference(text, "target"),
+            plain_http=plain_http,
+            insecure=insecure,
+            push_chunk_size=push_chunk_size,
         )
 
 
 def _tagged(text: str | None, source: SourcePlace | None) -> Reference:
     """What the image is called in an archive or layout."""
-    from nydus.oci.reference import Reference, parse
+    from nydus.oci.reference import Reference
 
     if text:
-        name = parse(text)
+        name = image_reference(text, "target")
         if name.digest:
             raise ConfigError(f"--target {name}: must be a tag, not a digest")
         return name
