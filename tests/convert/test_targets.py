@@ -200,6 +200,18 @@ def test_optimized_images_and_dictionaries_in_files(
     done(nydusify("chunkdict", "generate", "--sources", f"{one},{place}", "--target-archive", "dict.tar.zst",
                   "--plain-http", "--json"))  # fmt: skip
     done(nydusify("check", "--target-archive", "dict.tar.zst", "--json"))
+    convert = (
+        "convert",
+        "--source",
+        f"file://{vectors}/oci/source.tar",
+        "--chunk-dict",
+        "file://dict.tar.zst",
+    )
+    done(nydusify(*convert, "--target-archive", "n/", "--json"))
+    blobs = {path.name for path in (tmp_path / "cwd/n/blobs/sha256").iterdir()}
+    theirs = json.loads(nydusify("info", one, "--json").stdout)["layers"]
+    assert blobs & {layer["digest"].removeprefix("sha256:") for layer in theirs if layer["role"] == "blob"}
+    done(nydusify("check", "--target-archive", "n", "--json"))
 
 
 @pytest.mark.parametrize(
