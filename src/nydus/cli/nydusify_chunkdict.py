@@ -10,7 +10,7 @@ import click
 
 from nydus.cli.gostyle import GoCommand, GoGroup, option, reporting, tell_environment
 from nydus.cli.logs import Log, human
-from nydus.cli.nydusify_places import SOURCE
+from nydus.cli.nydusify_places import SOURCE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import NydusError
 
@@ -32,7 +32,7 @@ def chunkdict() -> None:
 @option("--target-archive", env="TARGET_ARCHIVE", type=click.Path(), help=TARGET_ARCHIVE)
 @option("--source-insecure", env="SOURCE_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registries.")
+@plain_http
 @option("--backend-type", help="Where blobs are that sources do not list: oss, s3 or localfs.")
 @option("--backend-config", help="Its configuration as JSON.")
 @option("--backend-config-file", help="A file with that.")
@@ -62,13 +62,12 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
     tell_environment(ctx, log)
     found = backend_config(values["backend_type"], values["backend_config"], values["backend_config_file"])
     backend = backend_place(*found) if found else None
-    plain = values["plain_http"]
     names = [name.strip() for text in values["sources"] for name in text.split(",") if name.strip()]
     sources = [
         source_place(
             name,
             None,
-            plain_http=plain,
+            plain_http=speaks_http(values, "source"),
             insecure=values["source_insecure"],
             option="sources",
             work_dir=values["work_dir"],
@@ -87,7 +86,7 @@ def generate(ctx: click.Context, /, **values: Any) -> None:
             values["target_archive"],
             None,
             folder=work_dir,
-            plain_http=plain,
+            plain_http=speaks_http(values, "target"),
             insecure=values["target_insecure"],
         )
     with progress_for(log) as progress, sink as target:
