@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documents import load
 from faulty import FaultyRegistry
 
+from nydus.convert.backend import FolderPlace
 from nydus.convert.image import Result, image
 from nydus.convert.options import ConvertOptions
 from nydus.oci import model
@@ -23,18 +25,28 @@ def place(reference: str) -> RegistryPlace:
     return RegistryPlace(parse(reference), plain_http=True)
 
 
-@pytest.mark.parametrize("oci_ref", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "oci-ref", "backend", "dictionary", "index as dictionary"])
 def test_an_image_is_not_even_merged_again(
-    server: FaultyRegistry, source: str, tmp_path: Path, oci_ref: bool
+    server: FaultyRegistry, source: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ConvertOptions(record=tmp_path / "record", oci_ref=oci_ref)
-    first = image(place(source), place(f"{server.host}/small:one"), options)
+    options = ConvertOptions(record=tmp_path / "record", oci_ref=kind == "oci-ref")
+    backend = FolderPlace(tmp_path / "blobs") if kind == "backend" else None
+    dictionary = place(f"{server.host}/dictionary:v1") if "dictionary" in kind else None
+    if dictionary:
+        image(place(source), dictionary, ConvertOptions(oci_ref="index" in kind))
+
+    def convert(tag: str) -> Result:
+        target = place(f"{server.host}/small:{tag}")
+        return image(place(source), target, options, backend=backend, dictionary=dictionary)
+
+    first = convert("one")
     server.seen.clear()
-    second = image(place(source), place(f"{server.host}/small:two"), options)
+    monkeypatch.setattr("nydus.convert.image.assemble", None)
+    second = convert("two")
     assert second.descriptor.digest == first.descriptor.digest
     assert [(layer.state, layer.reused) for layer in second.layers] == [("done", True)] * 3
     assert [layer.size for layer in second.layers] == [layer.size for layer in first.layers]
-    assert (second.target_size, second.start_size) == (first.target_size, first.start_size)
+    assert second.sizes == first.sizes
     assert not server.paths("POST") and not server.paths("PATCH")
     assert server.paths("PUT") == ["/v2/small/manifests/two"]
 
@@ -94,6 +106,30 @@ def test_an_image_of_the_same_layers_is_found_whatever_its_name_and_config(
     assert documents[1]["config"]["content"]["config"]["Env"] == ["COLOUR=blue"]
     assert documents[0]["config"]["content"]["rootfs"] == documents[1]["config"]["content"]["rootfs"]
     assert first.descriptor.digest != second.descriptor.digest
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("kind", ["backend", "dictionary"])
+def test_blobs_that_are_not_of_the_target_are_looked_for_where_they_are(
+    server: FaultyRegistry, source: str, tmp_path: Path, kind: str, gone: bool
+) -> None:
+    options = ConvertOptions(record=tmp_path / "record")
+    folder = FolderPlace(tmp_path / "blobs")
+    more: dict[str, Any] = {"backend": folder}
+    if kind == "dictionary":
+        more = {"dictionary": place(f"{server.host}/small:dictionary")}
+        image(place(source), more["dictionary"], ConvertOptions(prefetch=()))
+    first = image(place(source), place(f"{server.host}/small:one"), options, **more)
+    blobs = list((tmp_path / "blobs").iterdir()) if kind == "backend" else []
+    if gone and kind == "backend":
+        for blob in blobs:
+            blob.unlink()
+    elif gone:  # another dictionary, under the same name
+        image(place(source), more["dictionary"], ConvertOptions(compressor="none"))
+    second = image(place(source), place(f"{server.host}/small:one"), options, **more)
+    assert [layer.reused for layer in second.layers] == [not gone] * 3
+    assert all(blob.exists() for blob in blobs)
+    assert (second.descriptor.digest == first.descriptor.digest) == (kind == "backend" or not gone)
 
 
 @pytest.mark.parametrize("gone", ["manifest", "blob", "record"])

@@ -159,7 +159,8 @@ def test_a_conversion_goes_on(
     assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout)
     assert [layer["source"] for layer in told["layers"] if layer["reused"]] == [stopped.layers[stopped.done]]
-    assert fetched(server, stopped.layers) == set(stopped.layers) - {stopped.done}
+    if how != "archive-ref":  # for which all layers are copied, once they have their indexes
+        assert fetched(server, stopped.layers) == set(stopped.layers) - {stopped.done}
     left = {path.name for path in folder.iterdir() if path.name != "tmp" or any(path.iterdir())}
     assert left == ({"blobs"} if how == "backend" else {options[1].strip("/")} if archive else set())
     where = ["--target-archive", options[1].strip("/")] if archive else ["--target", new]

@@ -143,7 +143,11 @@ def test_a_build_cache_with_everything_else(server: FaultyRegistry, source: str,
                 if kind == "backend":
                     more = {"backend": FolderPlace(tmp_path / kind / run)}
                 cache = BuildCache(place(f"{other.host}/cache:c"))
+                server.seen.clear()
                 result = image(place(source), target, options, cache=cache, **more)
+                if reused and kind != "dictionary":
+                    ranges = [path for verb, path, head in server.seen if "Range" in head]
+                    assert not ranges, "what is cached as a whole is read and merged"
                 # The blobs of the plain conversion serve those into a backend, too.
                 expected = [reused or kind == "backend"] * 3
                 assert [layer.reused for layer in result.layers] == expected, kind
