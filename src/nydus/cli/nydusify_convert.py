@@ -94,7 +94,11 @@ _OF_TARGET = ("target_insecure", "target_plain_http", "push_chunk_size")
 @option("--backend-aligned-chunk", env="BACKEND_ALIGNED_CHUNK", is_flag=True, hidden=True)
 @option("--prefetch-dir", env="PREFETCH_DIR", help="Absolute path to fetch first.")
 @option("--prefetch-patterns", env="PREFETCH_PATTERNS", is_flag=True, help="Read such paths from stdin.")
-@option("--chunk-dict", env="CHUNK_DICT", help="Share chunks with bootstrap:registry:<reference>.")
+@option(
+    "--chunk-dict",
+    env="CHUNK_DICT",
+    help="Share chunks with bootstrap:registry:<reference>, containerd://… or file://….",
+)
 @option("--chunk-dict-insecure", env="CHUNK_DICT_INSECURE", is_flag=True, help="Accept any TLS certificate.")
 @option("--chunk-dict-plain-http", env="CHUNK_DICT_PLAIN_HTTP", is_flag=True, help="Speak http there.")
 @option("--build-cache", env="BUILD_CACHE", help="Reference of an image with layers converted before.")
@@ -323,16 +327,21 @@ def _http(values: dict[str, Any], side: str, reference: Reference, *near: Source
 
 def _dictionary(values: dict[str, Any], *near: SourcePlace | SinkPlace) -> Any:
     """The image whose chunks ``--chunk-dict`` says to refer to, or None."""
-    from nydus.cli.nydusify_places import image_reference, source_registry
+    from nydus.cli.nydusify_places import image_reference, source_place, source_registry
 
-    text = values["chunk_dict"]
+    text, insecure = values["chunk_dict"], values["chunk_dict_insecure"]
     if not text:
         return None
+    if text.startswith(("containerd://", "file://")):
+        return source_place(
+            text, None, plain_http=False, insecure=False, option="chunk-dict", work_dir=values["work_dir"]
+        )
     if not text.startswith("bootstrap:registry:"):
-        raise ConfigError(f"--chunk-dict {text!r} is not bootstrap:registry:<reference>")
+        what = "is not bootstrap:registry:<reference>, containerd://NAMESPACE/REFERENCE or file://PATH"
+        raise ConfigError(f"--chunk-dict {text!r} {what}")
     reference = image_reference(text.removeprefix("bootstrap:registry:"), "chunk-dict")
     http = _http(values, "chunk_dict", reference, *near)
-    return source_registry(reference, plain_http=http, insecure=values["chunk_dict_insecure"])
+    return source_registry(reference, plain_http=http, insecure=insecure)
 
 
 def _build_cache(values: dict[str, Any], target: str, *near: SourcePlace | SinkPlace) -> Any:
