@@ -63,7 +63,7 @@ def test_documents_and_trees_are_those_of_the_reference(
     assert [name for name in files if name != "image/image.boot"] == (
         metas if options.fs_version == 6 else []
     )
-    assert result.target_size == found["config"]["size"] + sum(layer["size"] for layer in found["layers"])
+    assert result.sizes.target == found["config"]["size"] + sum(layer["size"] for layer in found["layers"])
 
 
 def test_conversion_is_reproducible(server: FaultyRegistry, source: str) -> None:

@@ -23,14 +23,13 @@ from nydus.cli.gostyle import (
     tell_environment,
     tell_unused,
 )
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.durations import duration
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
-    from nydus.convert.image import Result
     from nydus.oci.place import SinkPlace, SourcePlace
     from nydus.oci.reference import Reference
 
@@ -160,6 +159,7 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
     from nydus.cli.nydusify_places import image_name, platforms, source_place, work_dir
+    from nydus.cli.nydusify_summary import figures, tell
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.convert.image import image
@@ -246,44 +246,9 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             cache, backend = _build_cache(values, target, source, place), _backend(values)
             chunks = _dictionary(values, source, place)
             result = image(source, place, options, progress, chosen, cache, backend, chunks, fork=True)
-    _tell(log, result, where)
+    tell(log, result, where)
     if output:
-        figures = {
-            "SourceImageSize": result.source_size,
-            "TargetImageSize": result.target_size,
-            "SourcePullElapsed": int(result.pull_seconds * 1e9),
-            "ConversionElapsed": int(result.convert_seconds * 1e9),
-            "TargetPushElapsed": int(result.push_seconds * 1e9),
-        }
-        _write(output, json.dumps(figures, separators=(",", ":")))
-
-
-def _tell(log: Log, result: Result, where: str) -> None:
-    """Says what came of it."""
-    seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
-    reused = sum(layer.reused for layer in result.layers)
-    text = f"converted {len(result.layers)} layers" + (f" ({reused} of them before)" if reused else "")
-    text += f", {human(result.source_size)} to {human(result.target_size)}, in {seconds:.1f} s"
-    if result.duplicates:
-        text += f"; {result.duplicates} chunks did not have to be stored again"
-    if result.start_size:
-        text += f"; containers start after {human(result.start_size)}"
-    document = {
-        "target": where,
-        "digest": result.descriptor.digest,
-        "source_size": result.source_size,
-        "target_size": result.target_size,
-        "start_size": result.start_size,
-        "duplicate_chunks": result.duplicates,
-        "layers": [
-            {"source": layer.digest, "source_size": layer.size, "size": layer.built, "reused": layer.reused}
-            for layer in result.layers
-        ],
-        "pull_seconds": round(result.pull_seconds, 3),
-        "convert_seconds": round(result.convert_seconds, 3),
-        "push_seconds": round(result.push_seconds, 3),
-    }
-    log.result(text, document, target=where, digest=result.descriptor.digest)
+        _write(output, json.dumps(figures(result), separators=(",", ":")))
 
 
 def _of_its_kind(

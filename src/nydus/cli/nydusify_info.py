@@ -72,17 +72,25 @@ def info(
         _show(each)
 
 
+def _elsewhere(found: Info) -> str:
+    if not found.elsewhere:
+        return ""
+    where = "the layers of the source" if found.kind == "oci-ref" else "a storage backend"
+    return f", {human(found.elsewhere)} in {where}: {human(found.total_size)} in all"
+
+
 def _show(found: Info) -> None:
     rows = [
         ("Image", found.reference),
         ("Digest", found.digest),
         ("Platform", found.platform),
         ("Kind", _KINDS[found.kind]),
-        ("Size", f"{human(found.size)} in {len(found.layers)} layers"),
+        ("Size", f"{human(found.size)} in {len(found.layers)} layers" + _elsewhere(found)),
     ]
     if found.encrypted and not found.fs_version:
         rows.append(("RAFS", "encrypted; --decryption-key shows what is in it"))
     if found.fs_version:
+        share = f"{100 * found.start_size / found.total_size:.3g} % of the image"
         rows += [
             (
                 "RAFS",
@@ -90,7 +98,7 @@ def _show(found: Info) -> None:
             ),
             ("Files", f"{found.files} files in {found.entries} entries, {human(found.file_size)}"),
             ("Chunks", f"{found.chunks}; {human(found.shared_size)} of the files' bytes are shared"),
-            ("To start", f"{human(found.size - found.data)} have to be read, the rest follows on demand"),
+            ("To start", f"{human(found.start_size)} have to be read, {share}; the rest follows on demand"),
             ("Prefetched", ", ".join(found.prefetch) or "nothing"),
         ]
     for name, value in (

@@ -23,6 +23,7 @@ from nydus.convert.image import Result
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
+from nydus.convert.sizes import measure
 from nydus.convert.target import require_target
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
@@ -111,12 +112,9 @@ def convert_artifact(
     stored = writer.put_manifest(name, model.encode(made), model.OCI_MANIFEST)
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
-    size = sum(blob.size for blob in blobs)
     return Result(
         stored,
-        source_size=size,
-        target_size=size + bootstrap.size,
-        start_size=manifest.config.size + bootstrap.size,
+        measure([manifest], [made], [()]),
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,
         push_seconds=ended - converted,

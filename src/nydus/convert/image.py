@@ -20,6 +20,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import Record, known_of, options_key
 from nydus.convert.select import Image, reference_name, select
+from nydus.convert.sizes import Sizes, measure
 from nydus.convert.target import require_target
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
@@ -39,17 +40,13 @@ class Result:
 
     Attributes:
         descriptor: of what the target names now: a manifest, or an index of several.
-        source_size, target_size: bytes of the configs and layers.
-        start_size: of these, what must be there before a container starts: configs and bootstraps.
         pull_seconds, convert_seconds, push_seconds: reading the documents; converting layers (which are
             downloaded and uploaded meanwhile); merging them and storing the documents.
         duplicates: chunks that were stored once instead of several times.
     """
 
     descriptor: Descriptor
-    source_size: int = 0
-    target_size: int = 0
-    start_size: int = 0
+    sizes: Sizes
     pull_seconds: float = 0.0
     convert_seconds: float = 0.0
     push_seconds: float = 0.0
@@ -175,8 +172,11 @@ def image(
         put_documents(found, part, source, writer, options, listed=backend is None)
         for found, part in zip(images, parts, strict=True)
     ]
+    originals: list[Manifest] = []
     if options.merge_platform:
-        entries = [put_original(found, reader, writer, link_from) for found in images]
+        halves = [put_original(found, reader, writer, link_from) for found in images]
+        originals = [half for _, half in halves]
+        entries = [entry for entry, _ in halves]
         entries += _put_manifests(manifests, images, writer)
         descriptor = _put_index(model.OCI_INDEX, None, entries, name, writer)
     elif index is None or len(images) == 1:
@@ -202,11 +202,16 @@ def image(
             )
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
+    # What holds the data without being listed.
+    data: list[Sequence[Descriptor]] = [
+        found.manifest.layers if options.oci_ref else [*part.blobs, *part.shared] if backend else ()
+        for found, part in zip(images, parts, strict=True)
+    ]
     return Result(
         descriptor,
-        source_size=sum(found.size for found in images),
-        target_size=sum(m.config.size + sum(layer.size for layer in m.layers) for m in manifests),
-        start_size=sum(m.config.size + m.layers[-1].size for m in manifests),
+        measure(
+            [found.manifest for found in images], manifests, data, originals, in_backend=backend is not None
+        ),
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,
         push_seconds=ended - converted,

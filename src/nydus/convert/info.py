@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
 from nydus.convert.select import Image
+from nydus.convert.sizes import unlisted
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED
 from nydus.oci.place import Source
@@ -24,6 +25,10 @@ class Info:
         kind: ``oci``, ``nydus``, ``oci-ref`` (an index over ordinary layers) ``storage-backend`` (blobs
             are elsewhere), ``model`` (a model artifact) or ``nydus-model`` (one that can be mounted).
         size: bytes of all layers and the config; ``data`` of the layers with file data.
+        start_size: config and bootstrap, which must be there before a container starts.
+        elsewhere: data that the manifest does not list, but the bootstrap: layers of the source (oci-ref), or
+            blobs in a storage backend, up to the end of what is in their files.
+        total_size: all of it.
         layers: what the manifest lists.
         encrypted: the bootstrap is; without a key nothing is known of what is in it.
         fs_version, entries, files, file_size, chunks, chunk_size, compressor: of a Nydus image's bootstrap;
@@ -40,6 +45,9 @@ class Info:
     layers: list[dict[str, Any]]
     encrypted: bool = False
     data: int = 0
+    start_size: int = 0
+    elsewhere: int = 0
+    total_size: int = 0
     fs_version: int = 0
     entries: int = 0
     files: int = 0
@@ -75,6 +83,8 @@ def describe(found: Image, reader: Source, reference: str, keys: Sequence[Privat
     info.encrypted = manifest.layers[-1].media_type.endswith(ENCRYPTED) if manifest.layers else False
     if found.is_nydus and (keys or not info.encrypted):
         _read_bootstrap(info, found, reader, keys)
+    info.start_size = info.size - info.data if found.is_nydus else info.size
+    info.total_size = info.size + info.elsewhere
     return info
 
 
@@ -111,6 +121,7 @@ def _read_bootstrap(info: Info, found: Image, reader: Source, keys: Sequence[Pri
     chunks = tree.chunks
     if len(chunks):
         chunks = chunks[np.unique(chunks[["blob_index", "index"]], return_index=True)[1]]
+    info.elsewhere = unlisted((found.manifest, tree))
     info.fs_version, info.entries, info.files = tree.version, len(tree), len(regular)
     info.file_size = int(regular["size"].sum())
     info.shared_size = max(0, info.file_size - int(chunks["usize"].sum(dtype=np.int64)))

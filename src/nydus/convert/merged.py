@@ -14,7 +14,7 @@ from nydus.convert.copy import copy_blob
 from nydus.convert.progress import LayerProgress
 from nydus.convert.select import Image
 from nydus.oci import model
-from nydus.oci.model import Descriptor
+from nydus.oci.model import Descriptor, Manifest
 from nydus.oci.place import Sink, Source
 
 #: An empty tar file, compressed with the same bytes as everybody does it.
@@ -22,7 +22,7 @@ EMPTY_LAYER = bytes.fromhex("1f8b08000000000000ff621805a360148c5800080000ffff2ea
 EMPTY_DIFF_ID = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
 
 
-def put_original(found: Image, reader: Source, writer: Sink, repository: str) -> Descriptor:
+def put_original(found: Image, reader: Source, writer: Sink, repository: str) -> tuple[Descriptor, Manifest]:
     """Stores the image as it was, but for an empty layer in front of the others.
 
     Without that its chain of layers would be that of the stock image, and a client would share snapshots
@@ -32,7 +32,7 @@ def put_original(found: Image, reader: Source, writer: Sink, repository: str) ->
         repository: where its blobs can be linked from, "" for nowhere.
 
     Returns:
-        Its entry in the index.
+        Its entry in the index, and its manifest.
     """
     manifest = found.manifest
     for layer in manifest.layers:
@@ -55,4 +55,4 @@ def put_original(found: Image, reader: Source, writer: Sink, repository: str) ->
     )
     data = model.encode(changed)
     stored = writer.put_manifest(model.digest(data), data, changed.media_type)
-    return msgspec.structs.replace(stored, platform=found.platform, annotations=origin)
+    return msgspec.structs.replace(stored, platform=found.platform, annotations=origin), changed

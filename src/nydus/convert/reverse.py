@@ -26,6 +26,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import Reversed, ReversedLayers, bring
 from nydus.convert.select import Image, reference_name, select
+from nydus.convert.sizes import Sizes, blobs_of, total, unlisted
 from nydus.convert.target import require_target
 from nydus.errors import BackendError, ConfigError, NydusError
 from nydus.oci import model
@@ -138,7 +139,7 @@ def reverse(
     converted = time.monotonic()
     progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
     progress.note(f"pushing image {target}")
-    entries, sizes = [], 0
+    entries, manifests = [], []
     single = index is None or len(halves) == 1
     writer = work.writer
     for plan in plans:
@@ -148,7 +149,7 @@ def reverse(
         data = model.encode(manifest)
         stored = writer.put_manifest(name if single else model.digest(data), data, manifest.media_type)
         entries.append(msgspec.structs.replace(stored, platform=plan.found.platform))
-        sizes += manifest.config.size + sum(layer.size for layer in manifest.layers)
+        manifests.append(manifest)
     descriptor = entries[0]
     if not single:
         listed = Index(schema_version=2, media_type=model.OCI_INDEX, manifests=tuple(entries))
@@ -157,8 +158,12 @@ def reverse(
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
     return Result(
         descriptor,
-        source_size=sum(found.size for found in halves),
-        target_size=sizes,
+        Sizes(
+            source=total(*(blobs_of(plan.found.manifest) for plan in plans))
+            + unlisted(*((plan.found.manifest, plan.tree) for plan in plans)),
+            target=total(*map(blobs_of, manifests)),
+            listed=total(*map(blobs_of, manifests)),
+        ),
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,
         push_seconds=ended - converted,
