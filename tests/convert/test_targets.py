@@ -220,6 +220,7 @@ def test_optimized_images_and_dictionaries_in_files(
         (["--target-archive", "x.tar.xz"], "archives are written as .tar, .tar.gz or .tar.zst"),
         (["--target-archive", "x.tar", "--target", "file://y.tar"], "cannot be used together"),
         (["--target-archive", "none/x/"], "its folder does not exist"),
+        (["--target-archive", "/dev/null"], "is no regular file"),
         (["--target-archive", "new/:sha256:0"], "must not be a digest"),
         (["--target", "containerd://x"], "expected containerd://NAMESPACE/REFERENCE"),
         ([], "target"),

@@ -199,6 +199,8 @@ def _new_archive(path: Path, reference: Reference, folder: Path, option: str) ->
     from nydus.oci.place import LayoutPlace
 
     compression_of(path)
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise ConfigError(f"{option} {path}: is no regular file")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: its folder does not exist")
     try:
