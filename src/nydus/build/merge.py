@@ -300,7 +300,12 @@ def check_consistent(layers: Sequence[Tree]) -> None:
                 )
 
 
-def merge(layers: Sequence[Tree], dictionary: Tree | None = None, parent: Tree | None = None) -> Tree:
+def merge(
+    layers: Sequence[Tree],
+    dictionary: Tree | None = None,
+    parent: Tree | None = None,
+    whiteout: Whiteout = Whiteout.OCI,
+) -> Tree:
     """The image of several layers, lowest first, each with at most one blob of its own that is not EXTERNAL.
 
     Args:
@@ -320,7 +325,7 @@ def merge(layers: Sequence[Tree], dictionary: Tree | None = None, parent: Tree |
         own = [blob.id for blob in layer.blobs if blob.id not in shared | external]
         if len(own) > 1:
             raise NydusError(f"layer {number} has {len(own)} blobs outside of the chunk dictionary, not one")
-    tree = overlay([*([parent] if parent else []), *layers])
+    tree = overlay([*([parent] if parent else []), *layers], whiteout)
     tree.flags = _merged_flags(tree)
     return tree
 

@@ -549,7 +549,7 @@ def _listing(side: Side, folder: Path, reading: Reading) -> Listing:
 def _layers(side: Side, reading: Reading) -> Listing:
     """The files of an ordinary image."""
     assert side.oci is not None
-    overlay = Overlay(_kept)
+    overlay = Overlay(_kept, layered=not model.is_model(side.oci.manifest))
     if model.is_model(side.oci.manifest):
         for number, (layer, name) in enumerate(tar_layers(side.oci.manifest), 1):
             blob = side.reader.blob(layer.digest, layer.size)
@@ -557,7 +557,8 @@ def _layers(side: Side, reading: Reading) -> Listing:
                 if name:
                     overlay.add_file(stream, name, layer.size)
                 else:
-                    overlay.apply(stream, layer.digest, f"layer {number} of {side.place}")
+                    # No diff id: the digest, with which it is fetched, is all that is known of it.
+                    overlay.apply(stream, "", f"layer {number} of {side.place}")
         return overlay.listing()
     pairs = zip(side.oci.manifest.layers, side.oci.config.rootfs.diff_ids, strict=True)
     for number, (layer, diff_id) in enumerate(pairs, 1):

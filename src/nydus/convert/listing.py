@@ -20,6 +20,7 @@ from nydus.oci.place import Stream
 if TYPE_CHECKING:
     from nydus.image import Image
 
+_MAX_LINKS = 40  # in one path, as in Linux
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."
 _PIECE = 1 << 20
@@ -205,11 +206,22 @@ def _implied() -> _Node:
 
 
 class Overlay:
-    """The file system of OCI layers; give them lowest first to :meth:`apply`."""
+    """The file system of OCI layers; give them lowest first to :meth:`apply`.
 
-    def __init__(self, keep_xattr: Callable[[str, bytes], bool] = lambda name, value: True) -> None:
+    Args:
+        keep_xattr: which attributes count.
+        layered: a layer hides what its whiteouts name; False if archives are just unpacked into one folder.
+    """
+
+    def __init__(
+        self,
+        keep_xattr: Callable[[str, bytes], bool] = lambda name, value: True,
+        *,
+        layered: bool = True,
+    ) -> None:
         self._root = _implied()
         self._keep = keep_xattr
+        self._layered = layered
 
     def apply(self, stream: Stream, diff_id: str, where: str) -> None:
         """Puts one layer (plain, gzip or zstd) on top.
@@ -219,7 +231,7 @@ class Overlay:
             BackendError: it cannot be read, or its digest is wrong.
         """
         plain = _Hashed(_inflate(stream, where))
-        layer = _implied()
+        layer = _implied() if self._layered else self._root
         whiteouts: list[list[str]] = []
         try:
             with tarfile.open(fileobj=plain, mode="r|", bufsize=_PIECE) as archive:  # type: ignore[call-overload]
@@ -234,9 +246,10 @@ class Overlay:
         found = f"sha256:{plain.digest.hexdigest()}"
         if diff_id and found != diff_id:
             raise FormatError("wrong diff id", where=where, expected=diff_id, found=found)
-        for parts in whiteouts:
-            self._remove(parts)
-        self._merge(self._root, layer)
+        if self._layered:
+            for parts in whiteouts:
+                self._remove(parts)
+            self._merge(self._root, layer)
 
     def add_file(self, stream: Stream, name: str, size: int) -> None:
         """Puts one file on top, whose data are all of a stream."""
@@ -244,10 +257,11 @@ class Overlay:
         while piece := stream.read(_PIECE):
             digest.update(piece)
         parts = _parts(name)
-        layer = _implied()
+        layer = _implied() if self._layered else self._root
         entry = Entry(stat.S_IFREG | 0o644, 0, 0, size, 0, content=digest.hexdigest())
         self._parent(layer, parts)[parts[-1]] = _Node(entry, None)
-        self._merge(self._root, layer)
+        if self._layered:
+            self._merge(self._root, layer)
 
     def _add(
         self, archive: tarfile.TarFile, member: tarfile.TarInfo, layer: _Node, whiteouts: list[list[str]]
@@ -255,7 +269,7 @@ class Overlay:
         parts = _parts(member.name)
         if len(parts) == 1 and parts[0] in _STARGZ:
             return
-        if parts and parts[-1].startswith(_WHITEOUT):
+        if self._layered and parts and parts[-1].startswith(_WHITEOUT):
             whiteouts.append(parts)
             if not _lies_in_file(layer, parts):
                 self._parent(layer, parts)
@@ -303,15 +317,26 @@ class Overlay:
         return entry
 
     def _parent(self, top: _Node, parts: list[str]) -> dict[str, _Node]:
-        node = top
-        for part in parts[:-1]:
-            assert node.children is not None
-            child = node.children.get(part)
-            if child is None or child.children is None:
-                child = node.children[part] = _implied()
-            node = child
-        assert node.children is not None
-        return node.children
+        """The folder of a path. Links are followed as by a container runtime: never out of the root."""
+        way, todo, links = [top], parts[-2::-1], 0
+        while todo:
+            part = todo.pop(0)
+            folder = way[-1].children
+            assert folder is not None
+            child = folder.get(part)
+            if part == "..":
+                del way[max(1, len(way) - 1) :]
+            elif child is not None and stat.S_ISLNK(child.entry.mode) and links < _MAX_LINKS:
+                links += 1
+                if child.entry.target.startswith("/"):
+                    del way[1:]
+                todo = [*_parts(child.entry.target), *todo]
+            else:
+                if child is None or child.children is None:
+                    child = folder[part] = _implied()
+                way.append(child)
+        assert way[-1].children is not None
+        return way[-1].children
 
     def _linked(self, layer: _Node, parts: list[str]) -> Entry | None:
         """The file that a hard link names, in its own layer or below."""
