@@ -5,13 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from docker_registry import Authority, registry
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify, one_fatal_line
 
+from nydus.cli.nydusify_commit import commit
+from nydus.errors import ConfigError
 from nydus.oci import model
+from nydus.oci.mirrored import MirroredPlace
+from nydus.oci.place import RegistryPlace
 from nydus.oci.registry import Registry
 
 needs_docker_registry = pytest.mark.skipif(
@@ -179,3 +185,38 @@ def test_what_skopeo_calls_images(
         found = one_fatal_line(nydusify(command, "--source", "localhost:1/a", "--target", given))
         assert found.startswith(f"--target {given}: ") and written in found
     assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_the_image_of_a_container_is_read_from_a_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts/_default").mkdir(parents=True)
+    (tmp_path / "hosts/_default/hosts.toml").write_text('[host."https://mirror.io"]\n')
+    (tmp_path / "socket").touch()
+    monkeypatch.setenv("NYDUSIFY_HOSTS_DIR", str(tmp_path / "hosts"))
+    container = SimpleNamespace(id="abc", image="example.com/app:1", digest="sha256:" + "1" * 64)
+    used: list[tuple[MirroredPlace, RegistryPlace]] = []
+
+    def run(
+        _: object, __: object, base: MirroredPlace, target: RegistryPlace, *___: object, **____: object
+    ) -> None:
+        used.append((base, target))
+        raise ConfigError("far enough")
+
+    class Fake:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def find(self, _: str) -> object:
+            return container
+
+    monkeypatch.setattr("nydus.containerd.containers.Containers", Fake)
+    monkeypatch.setattr("nydus.convert.commit.commit", run)
+    arguments = ["--container", "abc", "--target", "localhost:1/app:2", "--target-plain-http"]
+    result = CliRunner().invoke(commit, [*arguments, "--work-dir", str(tmp_path / "work")])
+    assert str(result.exception) == "far enough"
+    ((base, target),) = used
+    assert [host.url for host in base.mirrors] == ["https://mirror.io"]
+    assert (base.plain_http, target.plain_http) == (False, True)
