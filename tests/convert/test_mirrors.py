@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from faulty import FaultyRegistry
+from faulty import FaultyHandler, FaultyRegistry, blob_of, cut, is_blob, status
 from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy
@@ -82,6 +83,45 @@ def test_what_a_mirror_lacks_comes_from_the_registry(
     mirror.intercepts.append(lambda handler: not handler.send_error(503))
     done = nydusify("--hosts-dir", folder, "info", source, "--plain-http")
     assert done.returncode == 0, done.stderr
+
+
+def spoil(handler: FaultyHandler) -> None:
+    data = bytearray(blob_of(handler))
+    data[len(data) // 2] ^= 1
+    handler.reply(200, bytes(data))
+
+
+@pytest.mark.parametrize("fault", [cut(100), status(500), spoil], ids=["broken", "refused", "spoiled"])
+@pytest.mark.parametrize("command", ["convert", "copy"])
+def test_blobs_that_a_mirror_cannot_give_come_from_the_registry(
+    server: FaultyRegistry,
+    mirror: FaultyRegistry,
+    source: str,
+    vectors: Path,
+    nydusify: Nydusify,
+    tmp_path: Path,
+    command: str,
+    fault: Callable[[FaultyHandler], None],
+) -> None:
+    copied = parse(source.replace(server.host, mirror.host))
+    copy(ArchivePlace(vectors / "oci/source.tar"), RegistryPlace(copied, plain_http=True))
+    mirror.intercepts.append(lambda handler: is_blob(handler) and not fault(handler))
+    folder = hosts(tmp_path, server.host, f"http://{mirror.host}")
+    options = ("--push-retry-delay", "0.1s", "--no-reuse") if command == "convert" else ()
+    digests = []
+    for more in (("--hosts-dir", folder), ()):
+        mirror.seen.clear()
+        name = f"new:{len(digests)}"
+        target = f"{server.host}/{name}" if command == "convert" else f"file://{tmp_path}/{name}.tar"
+        done = nydusify(
+            *(*more, command, "--source", source, "--target", target),
+            *("--plain-http", "--json", "--platform", "linux/amd64", *options),
+        )
+        assert done.returncode == 0, done.stderr
+        digests.append(json.loads(done.stdout)["digest"])
+        asked = [urlsplit(path).path for path in mirror.paths("GET") if "/blobs/" in path]
+        assert len(asked) >= (2 if more else 0) and len(set(asked)) == len(asked)
+    assert digests[0] == digests[1]
 
 
 def test_a_server_takes_the_place_of_the_registry(
