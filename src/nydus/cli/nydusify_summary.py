@@ -27,8 +27,9 @@ def tell(log: Log, result: Result, where: str) -> None:
     if result.duplicates:
         text += f"; {result.duplicates} chunks did not have to be stored again"
     if start := sizes.start:
+        share = f"{100 * start.size / start.image:.3g} %"
         text += (
-            f"; containers start after {human(start.size)}, {100 * start.size / start.image:.3g} % of the Nydus image"
+            f"; containers start after {human(start.size)}, {share} of the Nydus image"
             f" (at {_RATE} Mbit/s {_seconds(start.size)}, {_seconds(start.source)} for the whole source)"
         )
     document = {
