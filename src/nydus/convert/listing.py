@@ -318,7 +318,7 @@ class Overlay:
 
     def _parent(self, top: _Node, parts: list[str]) -> dict[str, _Node]:
         """The folder of a path. Links are followed as by a container runtime: never out of the root."""
-        way, todo, links = [top], parts[-2::-1], 0
+        way, todo, links = [top], parts[:-1], 0
         while todo:
             part = todo.pop(0)
             folder = way[-1].children
