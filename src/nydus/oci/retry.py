@@ -34,7 +34,8 @@ def wait_to_retry(
     Returns:
         Whether to try again. If not, the caller raises ``error``.
     """
-    if error.permanent or tried >= attempts or error.retry_after > patience or stopped.is_set():
+    ending = stopped.is_set() or interrupted.is_set()
+    if error.permanent or tried >= attempts or error.retry_after > patience or ending:
         return False
     seconds = max(pause, error.retry_after)
     log.warning("%s; trying again in %.1f s (%d of %d)", error, seconds, tried + 1, attempts)
