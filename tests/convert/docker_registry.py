@@ -24,6 +24,8 @@ from cryptography.x509.oid import NameOID
 
 #: What htpasswd makes of "me" and "secret".
 HTPASSWD = "me:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
+#: Seconds by which docker-registry forgives that a token has expired.
+LEEWAY = 60
 PEM = serialization.Encoding.PEM
 
 
@@ -71,9 +73,10 @@ class TokenServer:
 
     Args:
         lifetime: seconds.
+        told: what the answers say of it.
     """
 
-    def __init__(self, authority: Authority, lifetime: int) -> None:
+    def __init__(self, authority: Authority, lifetime: int, told: int = 0) -> None:
         self.scopes: list[str] = []
         wanted = "Basic " + base64.b64encode(b"me:secret").decode()
         server = self
@@ -87,7 +90,9 @@ class TokenServer:
                 scopes = " ".join(query.get("scope", [])).split()
                 server.scopes += scopes
                 token = server.sign(authority, scopes, lifetime)
-                body = json.dumps({"token": token, "expires_in": lifetime} if allowed else {}).encode()
+                body = json.dumps(
+                    {"token": token, "expires_in": told or lifetime} if allowed else {}
+                ).encode()
                 self.send_response(200 if allowed else 401)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -123,7 +128,7 @@ class TokenServer:
         access = [dict(zip(("type", "name", "actions"), scope.split(":"), strict=True)) for scope in scopes]
         claims = {
             "iss": "tests", "sub": "me", "aud": "registry", "jti": str(now),
-            "iat": now, "nbf": now - 1, "exp": now + lifetime,
+            "iat": now, "nbf": now - LEEWAY, "exp": now + lifetime - LEEWAY,
             "access": [{**entry, "actions": entry["actions"].split(",")} for entry in access],
         }  # fmt: skip
         text = f"{pack(json.dumps(header).encode())}.{pack(json.dumps(claims).encode())}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from faulty import FaultyRegistry
 
 from nydus.oci import model
-from nydus.oci.place import RegistryPlace
+from nydus.oci.place import RegistryPlace, Sink
 from nydus.oci.reference import parse
 from nydus.oci.registry import Registry
 
@@ -103,16 +103,29 @@ def layer_of(*names: str, mode: int = 0o755) -> bytes:
     return buffer.getvalue()
 
 
+def layer_with(name: str, data: bytes) -> bytes:
+    """A gzip tar of one file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def put_image(server: FaultyRegistry, tag: str, *layers: bytes) -> RegistryPlace:
     with Registry(server.host, plain_http=True) as registry:
-        repository = registry.repository("small")
-        diff_ids = [model.digest(gzip.decompress(layer)) for layer in layers]
-        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-        manifest = model.Manifest(
-            schema_version=2,
-            media_type=model.OCI_MANIFEST,
-            config=repository.put_blob(model.encode(config), model.OCI_CONFIG),
-            layers=tuple(repository.put_blob(layer, model.OCI_LAYER_GZIP) for layer in layers),
-        )
-        repository.put_manifest(tag, model.encode(manifest), model.OCI_MANIFEST)
+        store_image(registry.repository("small"), tag, *layers)
     return place(f"{server.host}/small:{tag}")
+
+
+def store_image(sink: Sink, tag: str, *layers: bytes) -> None:
+    diff_ids = [model.digest(gzip.decompress(layer)) for layer in layers]
+    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    manifest = model.Manifest(
+        schema_version=2,
+        media_type=model.OCI_MANIFEST,
+        config=sink.put_blob(model.encode(config), model.OCI_CONFIG),
+        layers=tuple(sink.put_blob(layer, model.OCI_LAYER_GZIP) for layer in layers),
+    )
+    sink.put_manifest(tag, model.encode(manifest), model.OCI_MANIFEST)

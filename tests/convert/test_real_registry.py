@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
-import socket
-import struct
-import threading
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from docker_registry import HTPASSWD, Authority, TokenServer, log_in, registry
+from faulty_proxy import FaultyProxy, reset_at
 from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy_blob
@@ -108,56 +104,16 @@ def test_a_daemon_trusts_the_authority_too(nydusify: Nydusify, vectors: Path, tm
         assert "mounting image" in done.stderr
 
 
-class Cutting:
-    """A way to a registry that breaks once, when one connection has carried so many bytes to it."""
-
-    def __init__(self, host: str, after: int) -> None:
-        self._to, self._after = urlsplit(f"//{host}"), after
-        self.cuts = 0
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.host = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listening.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                server = socket.create_connection((self._to.hostname, self._to.port))
-                for pair in ((client, server, True), (server, client, False)):
-                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
-
-    def _pass(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
-        passed = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                passed += len(data)
-                target.sendall(data)
-                if counted and passed > self._after and not self.cuts:
-                    self.cuts += 1
-                    break
-        for each in (source, target):
-            with contextlib.suppress(OSError):
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-
-
-@pytest.mark.parametrize("chunk_size", [0, 5_000_000])
-def test_a_connection_that_breaks_in_an_upload(tmp_path: Path, chunk_size: int) -> None:
+@pytest.mark.parametrize(("chunk_size", "after"), [(0, 10 << 20), (5_000_000, 2_000_000)])
+def test_a_connection_that_breaks_in_an_upload(tmp_path: Path, chunk_size: int, after: int) -> None:
     """docker-registry cannot go on with what broke within a request: the blob is sent once more."""
     data = random.Random(0).randbytes(24 << 20)
     layout = Layout(tmp_path / "layout").create()
     blob = layout.put_blob(data, "")
-    with registry(tmp_path) as host:
-        way = Cutting(host, 10 << 20)
-        try:
-            with Registry(way.host, plain_http=True, push_chunk_size=chunk_size) as client:
-                repository = client.repository("team/app")
-                copy_blob(layout, repository, LayerProgress(1, blob.digest, blob.size))
-                assert way.cuts == 1
-                assert repository.blob(blob.digest, blob.size).read() == data
-        finally:
-            way.close()
+    with registry(tmp_path) as host, FaultyProxy(host) as way:
+        way.fail(reset_at(after), "PATCH")
+        with Registry(way.host, plain_http=True, push_chunk_size=chunk_size) as client:
+            repository = client.repository("team/app")
+            copy_blob(layout, repository, LayerProgress(1, blob.digest, blob.size))
+            assert way.hits == 1
+            assert repository.blob(blob.digest, blob.size).read() == data
