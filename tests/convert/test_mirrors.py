@@ -14,6 +14,7 @@ from nydusify_command import Nydusify
 
 from nydus.convert.copy import copy
 from nydus.convert.mounting import registry_backend
+from nydus.errors import ConfigError
 from nydus.oci.hosts import Host
 from nydus.oci.mirrored import MirroredPlace
 from nydus.oci.place import ArchivePlace, RegistryPlace, registry_place
@@ -174,6 +175,16 @@ def test_a_daemon_shows_mirrors_nothing_that_is_not_for_them(
     assert told("public.io") == ("public.io", "", every, False)
     assert told("private.io", Host("https://other.io")) == ("other.io", "u:2", ["https://other.io"], False)
     assert told("private.io", Host("https://none.io")) == ("none.io", "", every, False)
+    unusable = (Host("https://none.io", client=(("a", "b"),)), Host("https://none.io", proxy="http://p:1"))
+    place = MirroredPlace(parse("public.io/a:1"), mirrors=(*unusable, Host("https://h", "/v2/a")))
+    (mirror,) = registry_backend(place)["config"]["mirrors"]
+    assert mirror == {"host": "https://h/v2/a", "namespace": "public.io", "headers": {}}
+    server = Host("https://s.io", ca=("ca.pem",), skip_verify=True, proxy="http://p:1")
+    config = registry_backend(MirroredPlace(parse("public.io/a:1"), server=server))["config"]
+    assert (config["host"], config["skip_verify"], config["ca_cert_files"]) == ("s.io", True, ["ca.pem"])
+    assert config["proxy"]["url"] == "http://p:1"
+    with pytest.raises(ConfigError, match="nydusd cannot use path"):
+        registry_backend(MirroredPlace(parse("public.io/a:1"), server=Host("https://s.io", "/a/v2")))
 
 
 def test_wrong_files(source: str, nydusify: Nydusify, tmp_path: Path, server: FaultyRegistry) -> None:

@@ -145,6 +145,33 @@ def test_a_host_entry_for_the_registry_itself_gives_the_scheme(tmp_path: Path) -
     assert "mirrors" not in config["config"]
 
 
+def test_a_daemon_gets_no_mirror_that_it_cannot_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = """
+skip_verify = true
+proxy = "http://proxy:1"
+[host."https://harbor.io/v2/hub"]
+override_path = true
+[host."https://closed.io"]
+client = "me.pem"
+ca = "closed.pem"
+[host."https://example.com"]
+colour = "red"
+"""
+    hosts(tmp_path / "h", "example.com", text)
+    template = Template(None, tmp_path, tmp_path / "h")
+    config = template.fill("/", parse("example.com/a:1"), {})["device"]["backend"]["config"]
+    (mirror,) = config["mirrors"]
+    assert (mirror["host"], mirror["namespace"]) == ("https://harbor.io/v2/hub", "example.com")
+    assert config["skip_verify"] is True and "ca_cert_files" not in config
+    assert config["proxy"] == {"url": "http://proxy:1", "fallback": False}
+    assert config["host"] == "example.com" and config["scheme"] == "https"
+    assert "closed.io: nydusd cannot use" in caplog.text and "colour has no effect" in caplog.text
+    for number, key in enumerate(('server = "https://a.io/b"', 'client = "me.pem"', '[header]\nx = "1"')):
+        hosts(tmp_path / "h", f"{number}.com", key)
+        with pytest.raises(ConfigError, match=r"[0-2]\.com: nydusd cannot use"):
+            template.fill("/", parse(f"{number}.com/a:1"), {})
+
+
 def test_docker_hub_and_default_directories(tmp_path: Path) -> None:
     hosts(tmp_path, "index.docker.io", '[host."http://hub"]')
     hosts(tmp_path, "_default", '[host."http://any"]')

@@ -362,6 +362,16 @@ def test_redirects_to_another_host(peer: Peer, proxy: Peer) -> None:
     assert not any("Authorization" in headers for _, _, headers in proxy.requests)
 
 
+def test_a_mirror_may_be_a_part_of_another_registry(peer: Peer, proxy: Peer) -> None:
+    proxy.answer = blob_answer
+    mirror = {"host": f"http://{proxy.host}/v2/project/", "namespace": "example.com:5000"}
+    with closing(backends.create("registry", config_of(peer, mirrors=[mirror]))) as backend:
+        backend.read(ID, 0, 10)
+    repository = config_of(peer)["repo"]
+    path = f"/v2/project/{repository}/blobs/sha256:{ID}?ns=example.com%3A5000"
+    assert proxy.requests[0][1] == path
+
+
 def test_mirrors_are_tried_in_order(peer: Peer, proxy: Peer, caplog: pytest.LogCaptureFixture) -> None:
     proxy.answer = blob_answer
     mirrors = [

@@ -7,6 +7,7 @@ and ``failure_limit`` are what nydus-snapshotter reads besides.
 from __future__ import annotations
 
 import posixpath
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from nydus.oci.certificates import certificates_in
 
 _HUB = "index.docker.io"
 _CAPABILITIES = frozenset({"pull", "resolve", "push"})
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE = re.compile(r"[\t -~]*")
+_URL = re.compile(r"[!-~]+")
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -151,8 +155,8 @@ def _host(path: Path, url: str, table: object, unused: list[str]) -> Host | None
         override = msgspec.convert(table.get("override_path", False), bool)
         capabilities = msgspec.convert(table.get("capabilities", []), list[str]) or sorted(_CAPABILITIES)
         headers = msgspec.convert(table.get("header", {}), dict[str, str | list[str]])
-        ca = _several(table.get("ca", []))
-        client = [[each] if isinstance(each, str) else each for each in _several(table.get("client", []))]
+        ca = msgspec.convert(_several(table.get("ca", [])), list[str])
+        client = msgspec.convert(_several(table.get("client", [])), list[str | list[str]])
         timeout = msgspec.convert(table.get("dial_timeout", ""), str)
         proxy = msgspec.convert(table.get("proxy", ""), str)
         found |= {
@@ -160,11 +164,13 @@ def _host(path: Path, url: str, table: object, unused: list[str]) -> Host | None
                 (name, value if isinstance(value, str) else ", ".join(value))
                 for name, value in headers.items()
             ],
-            "ca": [str(path.parent / name) for name in msgspec.convert(ca, list[str])],
-            "client": [_pair(path.parent, names) for names in msgspec.convert(client, list[list[str]])],
+            "ca": [_file(path.parent, name) for name in ca],
+            "client": [_pair(path.parent, names) for names in client],
         }
-        if timeout:
-            found["connect_timeout"] = duration(timeout)
+        if not all(_NAME.fullmatch(name) and _VALUE.fullmatch(value) for name, value in found["headers"]):
+            raise ConfigError("header: is not one that can be sent")
+        if timeout and (seconds := duration(timeout)):
+            found["connect_timeout"] = seconds
         if proxy:
             found["proxy"] = _proxy(proxy)
         found["url"], found["path"] = _address(url, override) if url else ("", "/v2")
@@ -189,12 +195,18 @@ def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _pair(folder: Path, names: list[str]) -> tuple[str, str]:
+def _file(folder: Path, name: str) -> str:
+    if not name or "\0" in name:
+        raise ConfigError(f"{name!r} is not the name of a file")
+    return str(folder / name)
+
+
+def _pair(folder: Path, names: str | list[str]) -> tuple[str, str]:
     """Certificate and key: two files, or one with both."""
-    if len(names) not in (1, 2) or not names[0]:
+    certificate, *more = [names] if isinstance(names, str) else names or [""]
+    if len(more) > 1:
         raise ConfigError("client: is neither a file nor a pair of files")
-    certificate, key = names[0], names[-1] or names[0]
-    return str(folder / certificate), str(folder / key)
+    return _file(folder, certificate), _file(folder, (more and more[0]) or certificate)
 
 
 def _address(url: str, override: bool) -> tuple[str, str]:
@@ -202,6 +214,7 @@ def _address(url: str, override: bool) -> tuple[str, str]:
     try:
         parts = urlsplit(url if "://" in url else f"https://{url}")
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = usable and bool(_URL.fullmatch(url))
     except ValueError:
         usable = False
     if not usable:
@@ -218,6 +231,7 @@ def _proxy(url: str) -> str:
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname) and parts.path in ("", "/") and not parts.query and not parts.fragment
+        usable = usable and parts.port != 0 and bool(_URL.fullmatch(url))
     except ValueError:
         usable = False
     if not usable or parts.scheme not in ("http", "https"):
