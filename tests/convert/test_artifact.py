@@ -45,7 +45,10 @@ def push(
     server: FaultyRegistry, *, weight: str = TYPE.format("weight", "tar"), code: str = "code/run.py"
 ) -> str:
     """A model as modctl pushes it."""
-    reference = f"{server.host}/models/small:v1"
+    return push_to(f"{server.host}/models/small:v1", weight, code)
+
+
+def push_to(reference: str, weight: str = TYPE.format("weight", "tar"), code: str = "code/run.py") -> str:
     repository = place(reference).repository()
     layers = []
     for kind, names in (
@@ -130,7 +133,7 @@ def test_what_cannot_be_used(
             nydusify("convert", "--source", source, "--source-backend-type", kind, *options)
         )
 
-    assert "there is model-artifact" in refused(artifact, "modelfile")
+    assert "there is model-artifact" in refused(artifact, "oss")
     convert(nydusify, artifact, f"{artifact}-done")
     assert "a bootstrap already" in refused(f"{artifact}-done")
     for kind in ("tar+br", "raw+gzip"):
@@ -304,3 +307,40 @@ def test_a_damaged_compressed_layer(server: FaultyRegistry, nydusify: Nydusify) 
         assert "corrupted blob" in one_fatal_line(done)
         with pytest.raises(NydusError):
             open_nydus(place(f"{source}-n"))
+
+
+def test_a_model_that_was_not_pushed(
+    server: FaultyRegistry, nydusify: Nydusify, docker_registry: str, tmp_path: Path
+) -> None:
+    """modctl keeps models as a registry does: docker-registry writes the same folders."""
+    push_to(f"{docker_registry}/example.org/models/small:v1")
+    (tmp_path / "modctl").mkdir()
+    (tmp_path / "modctl/content.v1").symlink_to(tmp_path / "data")
+    config = json.dumps({"context": "/nowhere", "work_dir": str(tmp_path / "modctl")})
+    target, options = f"{server.host}/models/kept:v1", ("--source-backend-type", "modelfile", "--plain-http")
+    done = nydusify(
+        *("convert", "--source", "example.org/models/small:v1", "--target", target, *options),
+        *("--source-backend-config", config),
+    )
+    assert done.returncode == 0, done.stderr
+    pushed = push(server)
+    done = nydusify("check", "--source", pushed, "--target", target, "--plain-http", "--no-mount")
+    assert done.returncode == 0 and "the same as" in done.stderr, done.stderr
+    for source, text, words in (
+        ("example.org/models/small:v2", config, "no model example.org/models/small:v2 (no file "),
+        ("example.org/models/other:v1", config, "no model example.org/models/other:v1"),
+        ("example.org/models/small:v1", "{}", "needs --source REFERENCE"),
+        ("example.org/models/small:v1", "x", "not JSON"),
+    ):
+        done = nydusify(
+            *("convert", "--source", source, "--target", target, *options, "--source-backend-config", text)
+        )
+        assert words in one_fatal_line(done)
+    for path in (tmp_path / "data/docker/registry/v2/blobs").rglob("data"):
+        if path.stat().st_size > 5_000_000:
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    done = nydusify(
+        *("convert", "--source", "example.org/models/small:v1", "--target", target, *options),
+        *("--source-backend-config", config),
+    )
+    assert "corrupted blob" in one_fatal_line(done)

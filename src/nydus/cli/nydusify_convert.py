@@ -41,10 +41,11 @@ _OF_NYDUS = (
     "build_cache_version", "build_cache_insecure", "build_cache_plain_http", "build_cache_max_records",
     "backend_force_push", "encrypt_recipients",
 )  # fmt: skip
+_MODELS = ("model-artifact", "modelfile")
 #: What makes no difference to a model artifact, whose layers stay.
 _NOT_OF_MODELS = (
     *(name for name in _OF_NYDUS if name not in ("fs_chunk_size", "prefetch_dir", "prefetch_patterns")),
-    "backend_type", "platform", "all_platforms", "reverse", "source_backend_config", "no_reuse",
+    "backend_type", "platform", "all_platforms", "reverse", "no_reuse",
 )  # fmt: skip
 _OF_CACHE = (
     "build_cache_version",
@@ -123,9 +124,9 @@ _OF_TARGET = ("target_insecure", "target_plain_http", "push_chunk_size")
     "--source-backend-type",
     env="BACKEND_TYPE",
     callback=lambda ctx, parameter, value: _of_its_kind(ctx, parameter, value, model=True),
-    help="model-artifact: the source is a model as modctl pushes it.",
+    help="model-artifact: the source is a model as modctl pushes it; modelfile: as it keeps it.",
 )
-@option("--source-backend-config", hidden=True)
+@option("--source-backend-config", help='Of modelfile: {"work_dir": folder in which modctl keeps models}.')
 @encrypt_recipients
 @decryption_key
 @option("--no-reuse", is_flag=True, help="Convert layers even if the target has them from an earlier run.")
@@ -169,9 +170,10 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     from nydus.oci.place import RegistryPlace
 
     kind = values["source_backend_type"]
-    if kind not in (None, "model-artifact"):
+    if kind not in (None, *_MODELS):
         raise ConfigError(
-            f"--source-backend-type {kind!r} cannot be used; there is model-artifact, for what modctl pushed"
+            f"--source-backend-type {kind!r} cannot be used; there is model-artifact, for what modctl "
+            "pushed, and modelfile, for what it has built"
         )
     folder = Path(values["work_dir"])
     source = source_place(
@@ -182,6 +184,8 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
         option="source",
         work_dir=values["work_dir"],
     )
+    if kind == "modelfile":
+        source = _model_store(values["source_backend_config"], source)
     if not isinstance(source, RegistryPlace) and not source.name:
         source = replace(source, name=str(image_name(source)))
     target = _target(values, image_name(source))
@@ -190,6 +194,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
     for unused, names, why in (
         (values["reverse"], _OF_NYDUS, "with --reverse"),
         (kind, _NOT_OF_MODELS, "on a model artifact"),
+        (kind != "modelfile", ("source_backend_config",), "without --source-backend-type modelfile"),
         (not values["reverse"], ("decryption_key",), "without --reverse"),
         (values["all_platforms"], ("platform",), "with --all-platforms"),
         (not (values["build_cache"] or values["build_cache_tag"]), _OF_CACHE, "without a build cache"),
@@ -255,11 +260,24 @@ def _of_its_kind(
     ctx: click.Context, parameter: click.Parameter, value: str | None, *, model: bool
 ) -> str | None:
     """The value, unless it is that of the other option with the same environment variable."""
-    return (
-        value
-        if given(ctx, parameter.name or "", in_words=True) or (value == "model-artifact") == model
-        else None
-    )
+    return value if given(ctx, parameter.name or "", in_words=True) or (value in _MODELS) == model else None
+
+
+def _model_store(text: str | None, source: SourcePlace) -> SourcePlace:
+    """The model that modctl keeps under the name of an image in a registry; cli.md 2.2."""
+    from nydus.oci.place import ModelStorePlace, RegistryPlace
+
+    try:
+        config = json.loads(text or "")
+    except ValueError as error:
+        raise ConfigError(f"--source-backend-config: not JSON: {error}") from None
+    folder = config.get("work_dir") if isinstance(config, dict) else None
+    if not isinstance(folder, str) or not folder or not isinstance(source, RegistryPlace):
+        raise ConfigError(
+            "--source-backend-type modelfile needs --source REFERENCE and --source-backend-config "
+            '{"work_dir": FOLDER}, where FOLDER is that in which modctl keeps models'
+        )
+    return ModelStorePlace(Path(folder), str(source.reference))
 
 
 def _backend(values: dict[str, Any]) -> Any:

@@ -179,7 +179,30 @@ class ArchivePlace:
         return self.name or str(self.path)
 
 
-SourcePlace = RegistryPlace | LayoutPlace | ArchivePlace
+@dataclass(frozen=True, slots=True)
+class ModelStorePlace:
+    """A model in a folder of modctl's, for reading; ``name`` is its whole reference."""
+
+    path: Path
+    name: str
+
+    @property
+    def target(self) -> str:
+        from nydus.oci.reference import parse
+
+        return parse(self.name).target
+
+    def open(self) -> Source:
+        from nydus.oci.modelstore import ModelStore, StoredFiles
+        from nydus.oci.reference import parse
+
+        return ModelStore(StoredFiles(self.path), parse(self.name))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SourcePlace = RegistryPlace | LayoutPlace | ArchivePlace | ModelStorePlace
 SinkPlace = RegistryPlace | LayoutPlace
 
 
