@@ -31,7 +31,13 @@ _KINDS = {
 @option("--target", env="TARGET", help="The image (or as the argument). " + SOURCE)
 @option("--target-archive", type=click.Path(), help=SOURCE_ARCHIVE)
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
+@option(
+    "--plain-http",
+    "--target-plain-http",
+    env=["PLAIN_HTTP", "TARGET_PLAIN_HTTP"],
+    is_flag=True,
+    help="Speak http to the registry.",
+)
 @option("--platform", help="os/architecture[/variant], separated by commas; default: all.")
 @key_option
 @reporting

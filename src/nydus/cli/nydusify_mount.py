@@ -27,7 +27,13 @@ _MARK = "nydusd_config.json"
 @option("--target", env="TARGET", help=SOURCE)
 @option("--target-archive", type=click.Path(), help=SOURCE_ARCHIVE)
 @option("--target-insecure", env="TARGET_INSECURE", is_flag=True, help="Accept any TLS certificate there.")
-@option("--plain-http", env="PLAIN_HTTP", is_flag=True, help="Speak http to the registry.")
+@option(
+    "--plain-http",
+    "--target-plain-http",
+    env=["PLAIN_HTTP", "TARGET_PLAIN_HTTP"],
+    is_flag=True,
+    help="Speak http to the registry.",
+)
 @option("--backend-type", env="BACKEND_TYPE", help="Read blobs from this backend; default: the registry.")
 @option("--backend-config", env="BACKEND_CONFIG", help="Its configuration as JSON.")
 @option("--backend-config-file", env="BACKEND_CONFIG_FILE", help="A file with that.")
