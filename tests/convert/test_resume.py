@@ -10,13 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from documents import load
 from faulty import FaultyHandler, FaultyRegistry, is_blob
 from nydusify_command import Nydusify
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+
+from objectstore_server import ObjectStoreServer
 
 from nydus.oci import model
 from nydus.oci.place import RegistryPlace
@@ -29,6 +34,7 @@ COMMANDS = {
     "oci-ref": ["--target", "{new}", "--oci-ref"],
     "merged": ["--target", "{new}", "--merge-platform"],
     "backend": ["--target", "{new}", "--backend-type", "localfs", "--backend-config", '{{"dir": "blobs"}}'],
+    "bucket": ["--target", "{new}", "--backend-type", "s3", "--backend-config", "{bucket}"],
     "dictionary": ["--target", "{new}", "--chunk-dict", "bootstrap:registry:{nydus}"],
     "archive": ["--target-archive", "x.tar"],
     "archive-ref": ["--target-archive", "x.tar", "--oci-ref"],
@@ -60,6 +66,12 @@ class Gate:
         self._open.set()
 
 
+@pytest.fixture
+def bucket() -> Iterator[ObjectStoreServer]:
+    with closing(ObjectStoreServer()) as server:
+        yield server
+
+
 def is_whole(handler: FaultyHandler) -> bool:
     return is_blob(handler) and "Range" not in handler.headers
 
@@ -80,7 +92,14 @@ class Interrupted:
     """
 
     def __init__(
-        self, server: FaultyRegistry, command: list[str], source: str, home: Path, number: signal.Signals
+        self,
+        server: FaultyRegistry,
+        command: list[str],
+        source: str,
+        home: Path,
+        number: signal.Signals,
+        *,
+        group: bool = False,
     ) -> None:
         found = load(RegistryPlace(parse(source), plain_http=True).open(), source.rpartition(":")[2])
         self.layers = {
@@ -102,7 +121,7 @@ class Interrupted:
         )  # fmt: skip
         try:
             wait_for(noted)
-            process.send_signal(number)
+            (os.killpg if group else os.kill)(process.pid, number)
             _, self.stderr = process.communicate(timeout=30)
         finally:
             process.kill()
@@ -133,11 +152,16 @@ def fetched(server: FaultyRegistry, layers: dict[str, str]) -> set[str]:
 
 @pytest.mark.parametrize("how", COMMANDS)
 def test_a_conversion_goes_on(
-    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path, how: str
+    server: FaultyRegistry,
+    source: str,
+    nydusify: Nydusify,
+    tmp_path: Path,
+    bucket: ObjectStoreServer,
+    how: str,
 ) -> None:
     folder = tmp_path / "cwd"
     nydus, new = f"{source}-nydus", f"{server.host}/other:new"
-    names = {"nydus": nydus, "new": new}
+    names = {"nydus": nydus, "new": new, "bucket": json.dumps(bucket.config())}
     options = [word.format(**names) for word in COMMANDS[how]]
     made_of = source
     if how.startswith("reverse") or how == "dictionary":
@@ -164,9 +188,8 @@ def test_a_conversion_goes_on(
     left = {path.name for path in folder.iterdir() if path.name != "tmp" or any(path.iterdir())}
     assert left == ({"blobs"} if how == "backend" else {options[1].strip("/")} if archive else set())
     where = ["--target-archive", options[1].strip("/")] if archive else ["--target", new]
-    if how == "backend":
-        config = options[-1]
-        where += ["--target-backend-type", "localfs", "--target-backend-config", config]
+    if how in ("backend", "bucket"):
+        where += ["--target-backend-type", options[-3], "--target-backend-config", options[-1]]
     if how.startswith("reverse"):
         where = [*where[:-2], *("--source-archive" if archive else "--source", where[-1]), "--target", nydus]
     checked = nydusify("check", *where, "--no-mount", "--plain-http")
@@ -174,10 +197,15 @@ def test_a_conversion_goes_on(
 
 
 @pytest.mark.parametrize("how", ["plain", "backend", "reverse", "archive"])
+@pytest.mark.parametrize("group", [False, True])
 def test_a_command_that_is_killed(
-    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path, how: str
+    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path, how: str, group: bool
 ) -> None:
-    """No process stays, though the registry hangs; there is no image, and the next run goes on."""
+    """No process stays, though the registry hangs; there is no image, and the next run goes on.
+
+    Args:
+        group: all of its processes are killed at the same time.
+    """
     nydus, new = f"{source}-nydus", f"{server.host}/other:new"
     options = [word.format(nydus=nydus, new=new) for word in COMMANDS[how]]
     if how == "reverse":
@@ -187,7 +215,7 @@ def test_a_command_that_is_killed(
     arguments = ["convert", "--source", made_of, "--plain-http", "--json", *options]
     command = [str(Path(sys.executable).with_name("nydusify")), *arguments]
     server.seen.clear()
-    stopped = Interrupted(server, command, made_of, tmp_path, signal.SIGKILL)
+    stopped = Interrupted(server, command, made_of, tmp_path, signal.SIGKILL, group=group)
     assert stopped.status == -signal.SIGKILL
     assert not (tmp_path / "cwd/x.tar").exists()
     if how != "archive":
@@ -199,4 +227,4 @@ def test_a_command_that_is_killed(
     assert fetched(server, stopped.layers) == set(stopped.layers) - {stopped.done}
     left = {path.name for path in (tmp_path / "cwd").iterdir() if path.name != "tmp" or any(path.iterdir())}
     assert left == {"backend": {"blobs"}, "archive": {"x.tar"}}.get(how, set())
-    assert not list((tmp_path / "cwd").rglob(".*"))
+    assert (group and how == "backend") or not list((tmp_path / "cwd").rglob(".*"))

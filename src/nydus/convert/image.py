@@ -125,8 +125,6 @@ def image(
     finished = [before(found) for found in images]
     if not all(finished):
         require_target(writer, target)
-        if backend and blobs_sink:
-            require_target(blobs_sink, backend)
     pairs = list(zip(images, finished, strict=True))
     with convert_layers(
         [found for found, known in pairs if known is None],

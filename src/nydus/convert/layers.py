@@ -15,6 +15,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress
 from nydus.convert.reuse import Known, Record, Tables, known_of, read_back, take_over
 from nydus.convert.select import Image
+from nydus.convert.target import require_target
 from nydus.errors import NydusError
 from nydus.oci.model import Descriptor
 from nydus.oci.place import RegistryPlace, Sink, SinkPlace, Source, SourcePlace, Store
@@ -123,6 +124,8 @@ def convert_layers(
     with ExitStack() as stack:
         # Before there are threads.
         workers = stack.enter_context(_workers(options, fork=fork)) if unknown else None
+        if workers and isinstance(target, BackendPlace):
+            require_target(target.open_sink(), target)
         with ThreadPoolExecutor(1, "reuse") as pool:
             taking = pool.submit(_take_over, known, target, cached, cache, reuse)
             if workers:
