@@ -261,3 +261,19 @@ def test_large_temporary_files_are_in_the_work_folder(
     finally:
         subprocess.run(["umount", str(small)], check=True)
     assert {each.name for each in (tmp_path / "cwd").iterdir()} == {"a.tar.gz", "b.tar.zst", "c", "output"}
+
+
+@pytest.mark.parametrize("merged", [(), ("--merge-platform",)])
+def test_an_index_over_layers_goes_with_its_layers(
+    nydusify: Nydusify, source: str, tmp_path: Path, merged: tuple[str, ...]
+) -> None:
+    """From a registry into an archive, a layout, another repository: the data are always there."""
+    http = ("--plain-http", "--json")
+    done(nydusify("convert", "--oci-ref", *merged, "--source", source, "--target-archive", "a.tar.gz", *http))
+    done(nydusify("check", "--target-archive", "a.tar.gz", "--no-mount", "--source", source, *http))
+    other = source.replace("small", "other/one")
+    done(nydusify("copy", "--source", "file://a.tar.gz", "--target", other, *http))
+    done(nydusify("copy", "--source", other, "--target", "file://l/", *http))
+    done(nydusify("check", "--target-archive", "l", "--no-mount", "--json"))
+    done(nydusify("copy", "--source", "file://l", "--target", "file://b.tar", *http))
+    done(nydusify("check", "--target-archive", "b.tar", "--no-mount", "--json"))

@@ -96,6 +96,9 @@ def test_every_command_with_the_store(node: Node, vectors: Path, tmp_path: Path)
     sources = f"{store}/app:nydus,{store}/app:fast"
     run("chunkdict", "generate", "--sources", sources, "--target", f"{store}/dict:v1", "--work-dir", "made")
     complete("example.com/dict:v1")
+    run("convert", "--oci-ref", "--source", archive, "--target", f"{store}/app:ref")
+    complete("example.com/app:ref")
+    run("check", "--source", archive, "--target", f"{store}/app:ref")
     plain = run("convert", "--reverse", "--source", f"{store}/app:fast", "--target-archive", "back.tar.gz")
     assert plain["target"] == "back.tar.gz"
 

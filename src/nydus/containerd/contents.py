@@ -69,4 +69,8 @@ class Contents(Client):
             for i, layer in enumerate(document.layers):
                 references[f"containerd.io/gc.ref.content.l.{i}"] = layer.digest
                 self._fetch(layer, source)
+            for i, digest in enumerate(model.data_layers(document)):
+                if source.has_blob(digest):
+                    references[f"containerd.io/gc.ref.content.d.{i}"] = digest
+                    self._fetch(Descriptor(digest=digest, size=source.blob_size(digest)), source)
         self._store(described, data, references)

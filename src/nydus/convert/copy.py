@@ -47,7 +47,7 @@ def copy(
 
     Args:
         platforms: None copies all, with the index. Of an index, one platform gives its plain manifest,
-            several give an index of them.
+            several, or the two halves of a merged index, give an index of them.
 
     Raises:
         NydusError: what is wrong and where; the target's tag is written last, so it is not there then.
@@ -56,7 +56,9 @@ def copy(
     name = reference_name(target)
     reader, writer = source.open(), target.open_sink()
     progress.note(f"pulling image {source}")
-    index, images = select(reader, source.target, str(source), platforms, attestations=platforms is None)
+    index, images = select(
+        reader, source.target, str(source), platforms, attestations=platforms is None, nydus=True
+    )
     progress.note(f"copying image {source}")
     copied = _copy_blobs(reader, writer, images, linkable_repository(source, target), progress)
     for image in images:
@@ -91,6 +93,9 @@ def _copy_blobs(
         for blob in (*image.manifest.layers, image.manifest.config):
             if not blob.urls or reader.has_blob(blob.digest):  # foreign layers stay where they are
                 blobs.setdefault(blob.digest, blob)
+        for digest in model.data_layers(image.manifest):
+            if digest not in blobs and reader.has_blob(digest):  # a copy by other tools has left them behind
+                blobs[digest] = Descriptor(digest=digest, size=reader.blob_size(digest))
     sent = copy_blobs(reader, writer, list(blobs.values()), repository, progress)
     present = sum(blob.size for blob in blobs.values()) - sent
     return Copied(images[0].descriptor, len(blobs), sent, present)

@@ -22,7 +22,7 @@ from nydus.errors import ConfigError, MountError, NydusError
 from nydus.oci.auth import Credentials
 from nydus.oci.connections import held
 from nydus.oci.mirrored import MirroredPlace
-from nydus.oci.model import NYDUS_REF, Manifest
+from nydus.oci.model import Manifest, data_layers
 from nydus.oci.place import LayoutPlace, RegistryPlace, Source, SourcePlace, proxy_for
 
 _START_SECONDS = 30.0
@@ -106,11 +106,8 @@ def unpack(source: Source, manifest: Manifest, folder: Path) -> dict[str, Any]:
     Raises:
         BackendError: a blob is damaged. NydusError: the folder cannot be written.
     """
-    sizes: dict[str, int | None] = {}
-    for layer in manifest.layers[:-1]:
-        sizes[layer.digest] = layer.size
-        if reference := layer.annotations.get(NYDUS_REF):
-            sizes.setdefault(reference, None)
+    sizes: dict[str, int | None] = dict.fromkeys(data_layers(manifest))
+    sizes |= {layer.digest: layer.size for layer in manifest.layers[:-1]}
     try:
         folder.mkdir()
         for digest, size in sizes.items():

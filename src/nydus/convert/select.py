@@ -119,7 +119,8 @@ def select(
                 there = ", ".join(sorted({str(entry.platform) for entry in entries if entry.platform}))
                 raise ConfigError(f"{where}: no image for {wanted}; there are: {there or 'none'}")
             best = [entry for entry in found if entry.platform and entry.platform.variant == wanted.variant]
-            halves = (best or found) if nydus else (best or found)[:1]
+            first, *others = best or found
+            halves = [first, *(entry for entry in others if nydus and _variant(entry) == _variant(first))]
             chosen += [entry for entry in halves if entry not in chosen]
         chosen.sort(key=entries.index)
     if not chosen:
@@ -135,6 +136,11 @@ def select(
             raise FormatError("an index within an index is not supported", where=where)
         images.append(_image(source, entry, data, inner, f"{where}@{entry.digest}"))
     return document, images
+
+
+def _variant(entry: Descriptor) -> str:
+    variant = entry.platform.variant if entry.platform else ""
+    return "" if variant == "v8" else variant
 
 
 def _suits(found: Platform, wanted: Sequence[Platform]) -> bool:

@@ -313,7 +313,8 @@ def _reachable(
     """Digests of all that belongs to an image."""
     found = {described.digest}
     if isinstance(document, model.Manifest):
-        return found | {document.config.digest} | {layer.digest for layer in document.layers}
+        layers = {layer.digest for layer in document.layers}
+        return found | {document.config.digest} | layers | set(model.data_layers(document))
     for entry in document.manifests:
         if layout.has_blob(entry.digest):
             _, data = layout.manifest(entry.digest)

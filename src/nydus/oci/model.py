@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from nydus.errors import FormatError
+from nydus.oci.reference import DIGEST
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -127,6 +128,12 @@ class ImageConfig(msgspec.Struct, omit_defaults=True):
     @property
     def platform(self) -> Platform:
         return Platform(architecture=self.architecture, os=self.os, variant=self.variant)
+
+
+def data_layers(manifest: Manifest) -> list[str]:
+    """Digests of the ordinary layers that an image is an index over (oci-ref): they hold its data."""
+    found = (layer.annotations.get(NYDUS_REF, "") for layer in manifest.layers)
+    return list(dict.fromkeys(digest for digest in found if DIGEST.fullmatch(digest)))
 
 
 def is_model(manifest: Manifest) -> bool:
