@@ -151,11 +151,16 @@ def test_others_cannot_use_it(
         ("check", "--target", image),
         ("convert", "--reverse", "--source", image, "--target", f"{source}-back"),
         ("optimize", "--source", image, "--target", f"{source}-o", *files),
-        ("chunkdict", "generate", "--sources", f"{image},{image}"),
     ):
         assert "is encrypted, and no private key was given" in one_fatal_line(
             nydusify(*arguments, "--plain-http")
         )
+    options = ("convert", "--source", source, "--target", f"{source}-d", "--plain-http")
+    for arguments in (
+        ("chunkdict", "generate", "--sources", f"{image},{image}", "--plain-http"),
+        (*options, "--chunk-dict", f"bootstrap:registry:{image}"),
+    ):
+        assert "its chunks cannot be shared" in one_fatal_line(nydusify(*arguments))
     other = ("--decryption-key", str(pairs["other"][0]))
     message = one_fatal_line(nydusify("check", "--target", image, "--plain-http", *other))
     assert "is encrypted, and none of the 1 keys given fits" in message

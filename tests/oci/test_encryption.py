@@ -196,6 +196,7 @@ def test_the_right_key_of_several(home: str, tmp_path: Path) -> None:
     assert opened(layer, dora, f"{key}:secret word") == DATA
     both = sealed("pgp:dora@one.example", "pgp:carol@example.org")
     assert opened(both, dora) == opened(both, f"{key}:secret word") == DATA
+    assert opened(both, f"{key}:wrong", dora) == DATA
 
 
 @needs_gpg

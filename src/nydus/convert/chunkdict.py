@@ -95,7 +95,7 @@ def generate(
     images: list[Opened] = []
     for place in sources:
         progress.note("pulling bootstrap", image=place)
-        found = open_each(place, platforms)
+        found = open_each(place, platforms, keys=None)
         for image in found:
             if target is not None:
                 _check(image, backend)

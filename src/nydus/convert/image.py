@@ -86,7 +86,9 @@ def image(
     options, progress = options or ConvertOptions(), progress or Silent()
     if options.recipients:
         if cache or dictionary:
-            raise ConfigError("encrypted images cannot be used with a build cache or a chunk dictionary")
+            raise ConfigError(
+                "encrypted images use no build cache or chunk dictionary: each has its own keys"
+            )
         options = replace(options, oci=True, record=None)  # each has keys of its own
     readers = recipients(options.recipients)
     if options.oci_ref:
@@ -101,7 +103,7 @@ def image(
     for found in images:
         _check(found, reader, f"{source}", options)
     writer = target.open_sink()
-    chunks = open_nydus(dictionary, images[0].platform, exact=False) if dictionary else None
+    chunks = open_nydus(dictionary, images[0].platform, exact=False, keys=None) if dictionary else None
     if chunks and chunks.elsewhere and backend is None:
         raise ConfigError(f"{dictionary}: its blobs are in a storage backend, the image's have to be, too")
     key = options_key(options, chunks.found.descriptor.digest if chunks else "")
@@ -144,13 +146,15 @@ def image(
 
         progress.note(f"pushing image {target}")
         link_from = linkable_repository(source, target)
+        # Where all is in one repository there is nothing to see.
+        copying = Silent() if repository and repository_of(source) == repository else progress
         if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
             copy_blobs(
                 reader,
                 writer,
                 [layer for found in images for layer in found.manifest.layers],
                 link_from,
-                Silent(),
+                copying,
             )
         parts = [
             assemble_again(known)
@@ -172,7 +176,7 @@ def image(
     ]
     originals: list[Manifest] = []
     if options.merge_platform:
-        halves = [put_original(found, reader, writer, link_from) for found in images]
+        halves = [put_original(found, reader, writer, link_from, copying) for found in images]
         originals = [half for _, half in halves]
         entries = [entry for entry, _ in halves]
         entries += _put_manifests(manifests, images, writer)

@@ -155,14 +155,14 @@ def open_nydus(
     platform: Platform | None = None,
     *,
     exact: bool = True,
-    keys: Sequence[PrivateKey] = (),
+    keys: Sequence[PrivateKey] | None = (),
 ) -> Opened:
     """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
 
     Args:
         platform: None is this machine's where there is a choice.
         exact: a single manifest must be for that platform, too.
-        keys: private keys, for an encrypted image.
+        keys: private keys, for an encrypted image; None refuses such images, whose chunks cannot be shared.
 
     Raises:
         ConfigError: it is not a Nydus image, or there is none for the platform.
@@ -177,7 +177,7 @@ def open_each(
     platforms: Sequence[Platform] | None,
     *,
     exact: bool = True,
-    keys: Sequence[PrivateKey] = (),
+    keys: Sequence[PrivateKey] | None = (),
 ) -> list[Opened]:
     """The same for several platforms, or with None for all that there are."""
     source = place.open()
@@ -188,11 +188,15 @@ def open_each(
     return [_open(place, source, image, keys) for image in found]
 
 
-def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[PrivateKey]) -> Opened:
+def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[PrivateKey] | None) -> Opened:
     from nydus import rafs
 
     layer = found.manifest.layers[-1]
-    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer", keys)
+    if keys is None and layer.media_type.endswith(ENCRYPTED):
+        raise ConfigError(
+            f"{place}: is encrypted; its chunks cannot be shared, as that would tell everybody their keys"
+        )
+    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer", keys or ())
     diff_ids = found.config.rootfs.diff_ids
     if not model.is_model(found.manifest) and (not diff_ids or diff_ids[-1] != diff_id):
         expected = diff_ids[-1] if diff_ids else "none"

@@ -192,13 +192,18 @@ def decrypt(data: bytes, annotations: Mapping[str, str], keys: Sequence[PrivateK
 
 
 def _unwrap(wrapped: Sequence[tuple[str, str]], keys: Sequence[PrivateKey], where: str) -> _Private:
+    unusable = None
     for kind, text in wrapped:
         packet = _unpack(text, where)
         for key in keys:
-            plain = key.unwrap(kind, packet)
+            try:
+                plain = key.unwrap(kind, packet)
+            except ConfigError as error:  # another one may do
+                unusable = error
+                continue
             if plain is not None:
                 return _decode(plain, _Private, where)
-    raise ConfigError(f"{where}: is encrypted, and none of the {len(keys)} keys given fits")
+    raise unusable or ConfigError(f"{where}: is encrypted, and none of the {len(keys)} keys given fits")
 
 
 def _unpack(text: str, where: str) -> bytes:

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nydus.errors import ConfigError
 
@@ -86,8 +86,8 @@ class SecretKeys:
     """Private keys: those of a file, or with ``exported=None`` those of gpg's own keyring."""
 
     name: str
-    exported: bytes | None
-    password: bytes | None
+    exported: bytes | None = field(repr=False)
+    password: bytes | None = field(repr=False)
 
     def unwrap(self, packet: bytes) -> bytes | None:
         """What was wrapped; None if it is for others.
