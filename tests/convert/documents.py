@@ -61,3 +61,9 @@ def listing(tree: Tree) -> dict[str, tuple[Any, ...]]:
         xattrs = dict(tree.node_xattrs(row))
         found[path.decode("utf8", "surrogateescape")] = (*attributes, size, tree.target(row), chunks, xattrs)
     return found
+
+
+def tree_listing(source: Source, reference: str) -> tuple[dict[str, tuple[Any, ...]], list[bytes]]:
+    """The listing of an image's tree, and the paths of its prefetch table."""
+    tree = tree_of(source, reference)
+    return listing(tree), [tree.path(row) for row in tree.prefetch]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from faulty import FaultyRegistry
 
+from nydus.convert.copy import copy
 from nydus.oci import model
-from nydus.oci.place import RegistryPlace, Sink
+from nydus.oci.place import ArchivePlace, RegistryPlace, Sink
 from nydus.oci.reference import parse
 from nydus.oci.registry import Registry
 
@@ -22,17 +23,26 @@ def place(reference: str) -> RegistryPlace:
     return RegistryPlace(parse(reference), plain_http=True)
 
 
-def docker_image(server: FaultyRegistry, source: str) -> RegistryPlace:
-    """The source as Docker's schema 2."""
-    with Registry(server.host, plain_http=True) as registry:
-        repository = registry.repository("small")
-        text = repository.manifest("latest")[1].decode()
+def source_of(server: FaultyRegistry, vectors: Path, vector: str) -> str:
+    """What the reference made a vector of (``NAME`` or ``run/NAME``), in a repository of this name."""
+    folder = Path(vector).parent
+    reference = f"{server.host}/{folder.name or 'small'}:latest"
+    copy(ArchivePlace(vectors / "oci" / folder / "source.tar"), place(reference))
+    return reference
+
+
+def docker_image(source: str) -> tuple[RegistryPlace, str]:
+    """An image as Docker's schema 2, with the tag ``docker``, and the digest of its manifest."""
+    reference = parse(source)
+    with Registry(reference.host, plain_http=True) as registry:
+        repository = registry.repository(reference.repository)
+        text = repository.manifest(reference.target)[1].decode()
         text = text.replace(model.OCI_LAYER_GZIP, model.DOCKER_LAYER_GZIP).replace(
             model.OCI_CONFIG, model.DOCKER_CONFIG
         )
         document = {"schemaVersion": 2, "mediaType": model.DOCKER_MANIFEST, **json.loads(text)}
-        repository.put_manifest("docker", model.encode(document), model.DOCKER_MANIFEST)
-    return place(f"{server.host}/small:docker")
+        stored = repository.put_manifest("docker", model.encode(document), model.DOCKER_MANIFEST)
+    return place(f"{reference.host}/{reference.repository}:docker"), stored.digest
 
 
 def two_platforms(host: str) -> RegistryPlace:

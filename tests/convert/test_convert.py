@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from documents import DIFFERENT, bootstrap_files, listing, load, tree_of, without
+from documents import DIFFERENT, bootstrap_files, listing, load, tree_listing, tree_of, without
 from faulty import FaultyRegistry
-from images import docker_image, layer_of, place, put_image, two_platforms
+from images import docker_image, layer_of, place, put_image, source_of, two_platforms
 
 from nydus.convert.copy import copy
 from nydus.convert.documents import bootstrap_layer
@@ -35,11 +35,16 @@ pytestmark = pytest.mark.vectors
         ("v5-zstd", ConvertOptions(fs_version=5)),
         ("v6-batch", ConvertOptions(batch_size=0x10000)),
         ("oci-types", ConvertOptions(oci=True)),
+        ("prefetch", ConvertOptions(prefetch=(b"/a",))),
+        ("run/v6-zstd", ConvertOptions()),
+        ("run/v6-lz4", ConvertOptions(compressor="lz4_block")),
+        ("run/v5-zstd", ConvertOptions(fs_version=5)),
     ],
 )
 def test_documents_and_trees_are_those_of_the_reference(
-    server: FaultyRegistry, source: str, vectors: Path, vector: str, options: ConvertOptions
+    server: FaultyRegistry, vectors: Path, vector: str, options: ConvertOptions
 ) -> None:
+    source = source_of(server, vectors, vector)
     target = place(f"{server.host}/small:nydus")
     result = image(place(source), target, options)
     theirs = open_archive(vectors / f"oci/{vector}.tar")
@@ -55,7 +60,7 @@ def test_documents_and_trees_are_those_of_the_reference(
         diff_ids = document["config"]["content"]["rootfs"].pop("diff_ids")
         assert diff_ids[:-1] == [layer["digest"] for layer in document["layers"][:-1]]
     assert without(found, DIFFERENT) == without(expected, DIFFERENT)
-    assert listing(tree_of(ours, "nydus")) == listing(tree_of(theirs, ""))
+    assert tree_listing(ours, "nydus") == tree_listing(theirs, "")
     files, diff_id = bootstrap_files(ours, "nydus")
     config = load(ours, "nydus")["config"]["content"]
     assert config["rootfs"]["diff_ids"][-1] == diff_id
@@ -78,22 +83,30 @@ def test_the_bootstrap_layer_is_that_of_the_reference(vectors: Path) -> None:
     assert bootstrap_layer(files["image/image.boot"], metas)[1] == diff_id
 
 
-@pytest.mark.parametrize("oci", [False, True])
-def test_docker_schema_2(server: FaultyRegistry, source: str, vectors: Path, oci: bool) -> None:
+@pytest.mark.parametrize("vector", ["docker-schema2", "run/docker-schema2"])
+def test_docker_schema_2(server: FaultyRegistry, vectors: Path, vector: str) -> None:
+    origin, digest = docker_image(source_of(server, vectors, vector))
     target = place(f"{server.host}/small:nydus")
-    image(docker_image(server, source), target, ConvertOptions(oci=oci))
-    found = load(target.open(), "nydus")
-    if oci:
-        assert found["content type"] == found["mediaType"] == model.OCI_MANIFEST
-        assert found["config"]["mediaType"] == model.OCI_CONFIG
-        assert found["layers"][-1]["mediaType"] == model.OCI_LAYER_GZIP
-        return
-    expected = load(open_archive(vectors / "oci/docker-schema2.tar"), "")
+    image(origin, target)
+    theirs, ours = open_archive(vectors / f"oci/{vector}.tar"), target.open()
+    expected, found = load(theirs, ""), load(ours, "nydus")
+    assert found["annotations"][SOURCE_REFERENCE] == str(origin)
+    assert found["annotations"][model.NYDUS_SOURCE_DIGEST] == digest
     for document in (expected, found):
         for key in (SOURCE_REFERENCE, BUILDER, model.NYDUS_SOURCE_DIGEST):
             document["annotations"].pop(key)
         document["config"]["content"]["rootfs"].pop("diff_ids")
     assert without(found, DIFFERENT) == without(expected, DIFFERENT)
+    assert tree_listing(ours, "nydus") == tree_listing(theirs, "")
+
+
+def test_docker_schema_2_as_oci(server: FaultyRegistry, source: str) -> None:
+    target = place(f"{server.host}/small:nydus")
+    image(docker_image(source)[0], target, ConvertOptions(oci=True))
+    found = load(target.open(), "nydus")
+    assert found["content type"] == found["mediaType"] == model.OCI_MANIFEST
+    assert found["config"]["mediaType"] == model.OCI_CONFIG
+    assert found["layers"][-1]["mediaType"] == model.OCI_LAYER_GZIP
 
 
 def test_platforms(server: FaultyRegistry, source: str) -> None:

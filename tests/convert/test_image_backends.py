@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from documents import load
 from faulty import FaultyRegistry
 from nydusify_command import Nydusify
+from tools import mounted
 
 from nydus.oci import model
 from nydus.oci.place import RegistryPlace
@@ -19,7 +21,7 @@ from nydus.oci.reference import parse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
-from objectstore_server import ObjectStoreServer
+from objectstore_server import ObjectStoreServer, rclone_server
 
 pytestmark = pytest.mark.vectors
 
@@ -106,6 +108,46 @@ def test_a_mount_reads_the_bucket(
     done = nydusify("check", *common, *options(stored, "target-"))
     assert done.returncode == 0, done.stderr
     assert "verified image" in done.stderr
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_real_s3_server(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, vectors: Path, tmp_path: Path
+) -> None:
+    """It checks every signature, and has its own idea of ranges and of uploads in parts."""
+
+    def run(*arguments: str) -> None:
+        done = nydusify(*arguments, "--plain-http")
+        assert done.returncode == 0, done.stderr
+
+    target, optimized, back = (f"{server.host}/small:{tag}" for tag in ("stored", "optimized", "back"))
+    with rclone_server(tmp_path / "s3") as config:
+        stored = ("s3", json.dumps(config))
+        run("convert", "--source", source, "--target", target, *options(stored))
+        blobs = list((tmp_path / "s3/root/images/nydus").iterdir())
+        assert len(blobs) == 3
+        assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in blobs)
+        run("check", "--source", source, "--target", target, *options(stored, "target-"))
+
+        lines = (vectors / "oci/expected.jsonl").read_text().splitlines()
+        files = {line["path"]: line["sha256"] for line in map(json.loads, lines) if line.get("sha256")}
+        with mounted(target, tmp_path / "mount", *options(stored)) as mountpoint:
+            for path, digest in files.items():
+                assert hashlib.sha256((mountpoint / path.lstrip("/")).read_bytes()).hexdigest() == digest
+        assert len(files) > 5
+
+        (tmp_path / "files").write_text("/\n")
+        wanted = ("--prefetch-files", str(tmp_path / "files"))
+        run("optimize", "--source", target, "--target", optimized, *wanted, *options(stored, "source-"))
+        assert len(list((tmp_path / "s3/root/images/nydus").iterdir())) == 4
+        run("check", "--source", source, "--target", optimized, *options(stored, "target-"))
+        run("convert", "--reverse", "--source", optimized, "--target", back, *options(stored))
+        run("check", "--source", back, "--target", target, "--no-mount", *options(stored, "target-"))
+
+        stranger = ("s3", json.dumps({**config, "access_key_secret": "wrong"}))
+        done = nydusify("check", "--target", target, "--plain-http", *options(stranger, "target-"))
+        assert done.returncode == 1 and "s3 bucket images" in done.stderr.splitlines()[-1]
 
 
 def test_what_is_there_is_sent_again_only_when_forced(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from documents import DIFFERENT, listing, load, tree_of, without
+from documents import DIFFERENT, listing, load, tree_listing, tree_of, without
 from faulty import FaultyRegistry
-from images import docker_image, place
+from images import docker_image, place, source_of
 
 from nydus.convert.copy import copy
 from nydus.convert.image import image
@@ -24,22 +24,33 @@ SOURCE_REFERENCE = model.NYDUS_SOURCE_REFERENCE
 pytestmark = pytest.mark.vectors
 
 
-def test_a_merged_index(server: FaultyRegistry, source: str, vectors: Path) -> None:
+@pytest.mark.parametrize("vector", ["merged-index", "run/merged-index"])
+def test_a_merged_index(server: FaultyRegistry, vectors: Path, vector: str) -> None:
     """Also into another repository, where the blobs of the source have to go too."""
+    origin, digest = docker_image(source_of(server, vectors, vector))
     target = place(f"{server.host}/elsewhere:merged")
-    image(docker_image(server, source), target, ConvertOptions(merge_platform=True))
-    expected, found = load(open_archive(vectors / "oci/merged-index.tar"), ""), load(target.open(), "merged")
+    image(origin, target, ConvertOptions(merge_platform=True))
+    theirs, ours = open_archive(vectors / f"oci/{vector}.tar"), target.open()
+    expected, found = load(theirs, ""), load(ours, "merged")
     assert found["mediaType"] == model.OCI_INDEX
     expected["mediaType"] = expected["content type"]
+    ordinary, nydus = (entry["content"]["annotations"] for entry in found["manifests"])
+    assert nydus[SOURCE_REFERENCE] == str(origin)
+    assert ordinary[model.NYDUS_SOURCE_DIGEST] == nydus[model.NYDUS_SOURCE_DIGEST] == digest
+    assert found["manifests"][0]["annotations"] == {model.NYDUS_SOURCE_DIGEST: digest}
+    assert listing(tree_of(ours, found["manifests"][1]["digest"])) == listing(
+        tree_of(theirs, expected["manifests"][1]["digest"])
+    )
     for document in (expected, found):
         for entry in document["manifests"]:
-            entry.get("annotations", {}).pop(model.NYDUS_SOURCE_DIGEST, None)
-            for key in (BUILDER, SOURCE_REFERENCE, model.NYDUS_SOURCE_DIGEST):
-                entry["content"]["annotations"].pop(key, None)
+            for notes in (entry.get("annotations", {}), entry["content"]["annotations"]):
+                for key in (BUILDER, SOURCE_REFERENCE, model.NYDUS_SOURCE_DIGEST):
+                    if key in notes:
+                        notes[key] = "checked above"
         document["manifests"][1]["content"]["config"]["content"]["rootfs"].pop("diff_ids")
     assert without(found, DIFFERENT) == without(expected, DIFFERENT)
-    original, theirs = (document["manifests"][0]["content"]["layers"] for document in (found, expected))
-    assert [layer["digest"] for layer in original] == [layer["digest"] for layer in theirs]
+    original, reference = (document["manifests"][0]["content"]["layers"] for document in (found, expected))
+    assert [layer["digest"] for layer in original] == [layer["digest"] for layer in reference]
 
 
 @pytest.mark.parametrize("api", [True, False])
@@ -70,14 +81,19 @@ def test_referrers(server: FaultyRegistry, source: str, api: bool) -> None:
     assert subject == {"mediaType": model.OCI_MANIFEST, "digest": origin.digest, "size": origin.size}
 
 
-@pytest.mark.parametrize("repository", ["small", "elsewhere"])
-def test_oci_ref(server: FaultyRegistry, source: str, vectors: Path, tmp_path: Path, repository: str) -> None:
+@pytest.mark.parametrize(
+    ("vector", "repository", "paths"),
+    [("oci-ref", "small", 17), ("oci-ref", "elsewhere", 17), ("run/oci-ref", "elsewhere", 24)],
+)
+def test_oci_ref(
+    server: FaultyRegistry, vectors: Path, tmp_path: Path, vector: str, repository: str, paths: int
+) -> None:
     """Into another repository too, where the layers with the data have to go as well."""
     from nydus.convert.check import check
 
-    target = place(f"{server.host}/{repository}:ref")
+    source, target = source_of(server, vectors, vector), place(f"{server.host}/{repository}:ref")
     image(place(source), target, ConvertOptions(oci_ref=True))
-    theirs, ours = open_archive(vectors / "oci/oci-ref.tar"), target.open()
+    theirs, ours = open_archive(vectors / f"oci/{vector}.tar"), target.open()
     expected, found = load(theirs, ""), load(ours, "ref")
     for document in (expected, found):
         for key in (SOURCE_REFERENCE, BUILDER):
@@ -85,10 +101,10 @@ def test_oci_ref(server: FaultyRegistry, source: str, vectors: Path, tmp_path: P
         document["mediaType"] = document["content type"]
         document["config"]["content"]["rootfs"].pop("diff_ids")
     assert without(found, DIFFERENT) == without(expected, DIFFERENT)
-    assert listing(tree_of(ours, "ref")) == listing(tree_of(theirs, ""))
+    assert tree_listing(ours, "ref") == tree_listing(theirs, "")
     amd64 = model.Platform(os="linux", architecture="amd64")
     report = check(target, place(source), amd64, tmp_path)
-    assert report.kind == "oci-ref" and report.checks["filesystem"] == 17
+    assert report.kind == "oci-ref" and report.checks["filesystem"] == paths
 
 
 def test_oci_ref_of_zstd_layers_is_refused(server: FaultyRegistry, source: str) -> None:
@@ -103,12 +119,9 @@ def test_oci_ref_of_zstd_layers_is_refused(server: FaultyRegistry, source: str) 
 
 
 @pytest.mark.parametrize("vector", ["v6-zstd", "v5-zstd", "v6-batch", "merged-index", "oci-ref"])
-def test_back_to_an_ordinary_image(
-    server: FaultyRegistry, source: str, vectors: Path, tmp_path: Path, vector: str
-) -> None:
+def test_back_to_an_ordinary_image(server: FaultyRegistry, source: str, vectors: Path, vector: str) -> None:
     """Of what the reference made: the same file system, and no trace of Nydus in layers and config."""
-    from nydus.convert.check import Side, _listing
-    from nydus.convert.listing import compare
+    from nydus.convert.listing import Overlay, compare
     from nydus.convert.reverse import reverse
     from nydus.convert.select import select
 
@@ -120,7 +133,10 @@ def test_back_to_an_ordinary_image(
         reader = reference.open()
         _, (found,) = select(reader, reference.target, str(reference), None)
         assert not found.is_nydus
-        sides.append(_listing(Side("source", reference, reader, oci=found), tmp_path))
+        overlay = Overlay()
+        for layer, diff_id in zip(found.manifest.layers, found.config.rootfs.diff_ids, strict=True):
+            overlay.apply(reader.blob(layer.digest, layer.size), diff_id, layer.digest)
+        sides.append(overlay.listing())
     assert compare(*sides) == 17
     before, after = load(place(source).open(), "latest"), load(target.open(), "oci")
     assert after["config"]["content"]["history"] == before["config"]["content"]["history"]

@@ -9,9 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from documents import load
 from faulty import FaultyRegistry
 from images import place, two_platforms
 from nydusify_command import Nydusify, one_fatal_line
-from tools import Snapshot, must_be_equal, needs_skopeo, needs_umoci, skopeo, snapshot, umoci
+from tools import Snapshot, mounted, must_be_equal, needs_skopeo, needs_umoci, skopeo, snapshot, umoci
 
 from nydus.oci import model
 
@@ -113,23 +110,6 @@ def unpacked(layout: Path, folder: Path) -> Snapshot:
         return snapshot(folder / "bundle/rootfs")
     finally:
         shutil.rmtree(folder / "bundle")
-
-
-@contextmanager
-def mounted(reference: str, folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    command = [Path(sys.executable).with_name("nydusify"), "mount", "--target", reference, "--plain-http"]
-    with subprocess.Popen(
-        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
-    ) as process:
-        try:
-            assert process.stdout
-            if not process.stdout.readline():
-                raise AssertionError(process.communicate()[1])
-            yield folder / "image-fs"
-        finally:
-            process.terminate()
-            process.communicate(timeout=30)
 
 
 def run(nydusify: Nydusify, *arguments: str) -> None:

@@ -7,6 +7,9 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,21 @@ def must_be_equal(one: Snapshot, other: Snapshot, *, root: bool = True) -> None:
     ]
     if found:
         pytest.fail("\n".join(found), pytrace=False)
+
+
+@contextmanager
+def mounted(reference: str, folder: Path, *options: str) -> Iterator[Path]:
+    """Where ``nydusify mount`` shows an image; ``folder`` is made for it."""
+    folder.mkdir()
+    command = [Path(sys.executable).with_name("nydusify"), "mount", "--target", reference, "--plain-http"]
+    with subprocess.Popen(
+        [*command, *options, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    ) as process:
+        try:
+            assert process.stdout
+            if not process.stdout.readline():
+                raise AssertionError(process.communicate()[1])
+            yield folder / "image-fs"
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)

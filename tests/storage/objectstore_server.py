@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
+import socket
+import subprocess
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 KEY, SECRET, REGION = "AKTEST", "hush-hush", "eu-test-1"
 _SIGNED = re.compile(
@@ -136,3 +144,36 @@ class Handler(BaseHTTPRequestHandler):
         piece = data[first : last + 1]
         span = f"bytes {first}-{first + len(piece) - 1}/{len(data)}"
         return self.reply(206, piece, Content_Range=span, **about)
+
+
+@contextmanager
+def rclone_server(folder: Path) -> Iterator[dict[str, str]]:
+    """The configuration of a bucket ``images`` of rclone's S3 server, which keeps it in ``folder``/root."""
+    rclone = os.environ.get("RCLONE") or shutil.which("rclone")
+    if not rclone:
+        pytest.skip("no rclone, nor RCLONE set; go install github.com/rclone/rclone@v1.76.0 makes it")
+    (folder / "root/images").mkdir(parents=True)
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    keys = ("--auth-key", f"{KEY},{SECRET}")
+    command = [rclone, "serve", "s3", "--addr", address, *keys, str(folder / "root")]
+    environment = {"HOME": str(folder), "PATH": "/usr/bin:/bin"}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
+                break
+            time.sleep(0.05)
+        yield {
+            "endpoint": address,
+            "scheme": "http",
+            "bucket_name": "images",
+            "region": "us-east-1",
+            "access_key_id": KEY,
+            "access_key_secret": SECRET,
+            "object_prefix": "nydus/",
+        }
+    finally:
+        process.terminate()
+        process.wait()

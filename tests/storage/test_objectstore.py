@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from objectstore_server import KEY, SECRET, Handler, ObjectStoreServer
+from objectstore_server import KEY, SECRET, Handler, ObjectStoreServer, rclone_server
 
 from nydus.errors import BackendError
 from nydus.storage import backends
@@ -168,49 +165,14 @@ def test_an_upload_that_is_refused(server: ObjectStoreServer) -> None:
     assert server.objects == {}
 
 
-# A real server: rclone's, which checks every signature.
-
-RCLONE = os.environ.get("RCLONE") or shutil.which("rclone")
+# A real server, which checks every signature
 
 
 @pytest.fixture
 def rclone(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The configuration of a bucket ``images`` of an S3 server."""
-    if not RCLONE:
-        pytest.skip("no rclone; install it with: go install github.com/rclone/rclone@v1.76.0")
-    (tmp_path / "root/images").mkdir(parents=True)
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-    command = [
-        RCLONE,
-        "serve",
-        "s3",
-        "--addr",
-        address,
-        "--auth-key",
-        f"{KEY},{SECRET}",
-        str(tmp_path / "root"),
-    ]
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        for _ in range(200):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
-                break
-            time.sleep(0.05)
-        yield {
-            "endpoint": address,
-            "scheme": "http",
-            "bucket_name": "images",
-            "region": "us-east-1",
-            "access_key_id": KEY,
-            "access_key_secret": SECRET,
-            "object_prefix": "nydus/",
-        }
-    finally:
-        process.terminate()
-        process.wait()
+    """The configuration of a bucket ``images`` of rclone's S3 server."""
+    with rclone_server(tmp_path) as config:
+        yield config
 
 
 @pytest.mark.slow
