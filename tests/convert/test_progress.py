@@ -85,6 +85,21 @@ def test_a_check_in_lines(nydusify: Nydusify, server: FaultyRegistry, source: st
         assert f"checked layer {number}/{count}: " in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--oci-ref", "--merge-platform"])
+def test_layers_that_are_copied_are_told(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path, option: str
+) -> None:
+    count = len(layers_of(server, "latest"))
+    with FaultyRegistry(tmp_path / "other") as other:
+        for target, word in ((f"{other.host}/a:n", "copied"), (f"{other.host}/a:m", "found")):
+            done = nydusify("convert", "--source", source, "--target", target, "--plain-http", option)
+            assert done.returncode == 0, done.stderr
+            for number in range(1, count + 1):
+                assert f"{word} layer {number}/{count}: " in done.stderr
+    done = nydusify("convert", "--source", source, "--target", f"{source}-n", "--plain-http", option)
+    assert done.returncode == 0 and "found layer" not in done.stderr
+
+
 def test_several_blobs_are_checked_at_the_same_time(
     nydusify: Nydusify, server: FaultyRegistry, source: str
 ) -> None:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nydus.cli.logs import Log, human
 from nydus.convert.progress import CONVERT, LayerProgress, Progress, Verb
@@ -70,46 +70,49 @@ def _bars(log: Log) -> Iterator[Progress]:
             log.write = plain  # type: ignore[method-assign]
 
 
+class _Group(NamedTuple):
+    """Layers with which the same is done."""
+
+    layers: Sequence[LayerProgress]
+    verb: Verb
+    started: float
+
+
 class Lines:
     """A line for each step, for each layer that is done, and every few seconds for all."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._layers: Sequence[LayerProgress] = ()
-        self._verb = CONVERT
+        self._groups: dict[int, _Group] = {}  # by id of the layer
         self._told = time.monotonic()
-        self._started = self._told
 
     def note(self, message: str, **fields: object) -> None:
         self._log.info(message, **fields)
 
     def layers(self, layers: Sequence[LayerProgress], verb: Verb = CONVERT) -> None:
-        self._layers, self._verb = layers, verb
-        self._started = time.monotonic()
+        group = _Group(layers, verb, time.monotonic())
+        self._groups.update((id(layer), group) for layer in layers)
 
     def changed(self, layer: LayerProgress) -> None:
         now = time.monotonic()
+        group = self._groups.get(id(layer))
+        if group is None:
+            return
+        layers, verb, started = group
         if layer.state == "done":
-            done = sum(other.state == "done" for other in self._layers)
-            word = self._verb.kept if layer.reused else self._verb.done
+            done = sum(other.state == "done" for other in layers)
+            word = verb.kept if layer.reused else verb.done
             became = f" to {human(layer.built)}" if layer.built != layer.size else ""
-            self._log.info(
-                f"{word} layer {done}/{len(self._layers)}: {human(layer.size)}{became}"
-                f" , elapse {now - self._started:.3f}s",
-                layer=layer.digest,
-            )
+            size = f"{human(layer.size)}{became}"
+            text = f"{word} layer {done}/{len(layers)}: {size} , elapse {now - started:.3f}s"
+            self._log.info(text, layer=layer.digest)
             self._told = now
         elif now - self._told > _LINE_SECONDS:
             self._told = now
-            read, size = (
-                sum(each.downloaded for each in self._layers),
-                sum(each.size for each in self._layers),
-            )
-            rate = read / max(now - self._started, 1e-3)
-            sent = f", sent {_sent(self._layers)}" if self._verb.sends else ""
-            self._log.info(
-                f"{self._verb.doing}: read {human(read)} of {human(size)} at {human(rate)}/s{sent}"
-            )
+            read, whole = sum(each.downloaded for each in layers), sum(each.size for each in layers)
+            rate = read / max(now - started, 1e-3)
+            sent = f", sent {_sent(layers)}" if verb.sends else ""
+            self._log.info(f"{verb.doing}: read {human(read)} of {human(whole)} at {human(rate)}/s{sent}")
 
 
 class Terminal:
@@ -120,8 +123,9 @@ class Terminal:
 
     def __init__(self, log: Log, bars: Bars) -> None:
         self._log, self._bars = log, bars
-        self._tasks: dict[int, TaskID] = {}
+        self._tasks: dict[int, TaskID] = {}  # by id of the layer
         self._layers: Sequence[LayerProgress] = ()
+        self._shown: set[int] = set()
         self._verb = CONVERT
         self._all: TaskID | None = None
 
@@ -133,10 +137,13 @@ class Terminal:
             self._bars.remove_task(task)
         self._tasks = {}
         self._layers, self._verb = layers, verb
+        self._shown = {id(layer) for layer in layers}
         self._all = self._bars.add_task("", total=sum(each.size for each in layers), note="")
         self._show_all()
 
     def changed(self, layer: LayerProgress) -> None:
+        if id(layer) not in self._shown:  # it was of what came before
+            return
         task = self._tasks.get(id(layer))
         if layer.state == "done":
             if task is not None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from nydus.convert.copy import copy_blob
-from nydus.convert.progress import LayerProgress
+from nydus.convert.copy import copy_blobs
+from nydus.convert.progress import Progress
 from nydus.convert.select import Image
 from nydus.oci import model
 from nydus.oci.model import Descriptor, Manifest
@@ -22,7 +22,9 @@ EMPTY_LAYER = bytes.fromhex("1f8b08000000000000ff621805a360148c5800080000ffff2ea
 EMPTY_DIFF_ID = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
 
 
-def put_original(found: Image, reader: Source, writer: Sink, repository: str) -> tuple[Descriptor, Manifest]:
+def put_original(
+    found: Image, reader: Source, writer: Sink, repository: str, progress: Progress
+) -> tuple[Descriptor, Manifest]:
     """Stores the image as it was, but for an empty layer in front of the others.
 
     Without that its chain of layers would be that of the stock image, and a client would share snapshots
@@ -35,9 +37,9 @@ def put_original(found: Image, reader: Source, writer: Sink, repository: str) ->
         Its entry in the index, and its manifest.
     """
     manifest = found.manifest
-    for layer in manifest.layers:
-        if not layer.urls or reader.has_blob(layer.digest):
-            copy_blob(reader, writer, LayerProgress(0, layer.digest, layer.size), repository)
+    distinct = {layer.digest: layer for layer in manifest.layers}.values()
+    there = [layer for layer in distinct if not layer.urls or reader.has_blob(layer.digest)]
+    copy_blobs(reader, writer, there, repository, progress)
     docker = manifest.media_type == model.DOCKER_MANIFEST
     layer_type = model.DOCKER_LAYER_GZIP if docker else model.OCI_LAYER_GZIP
     empty = writer.put_blob(EMPTY_LAYER, layer_type, annotations={model.NYDUS_EMPTY_LAYER: "true"})
