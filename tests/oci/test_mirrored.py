@@ -148,7 +148,10 @@ def test_a_mirror_that_does_not_answer_is_given_up(
 
 def test_only_who_may_say_what_a_tag_means_is_asked(server: FaultyRegistry, mirror: FaultyRegistry) -> None:
     stored = {}
-    for each, text in ((server, b'{"schemaVersion": 2, "manifests": []}'), (mirror, b'{"schemaVersion":2, "manifests": []}')):
+    for each, text in (
+        (server, b'{"schemaVersion": 2, "manifests": []}'),
+        (mirror, b'{"schemaVersion":2, "manifests": []}'),
+    ):
         with Registry(each.host, plain_http=True) as registry:
             stored[each.host] = registry.repository("app").put_manifest("1", text, model.OCI_INDEX).digest
         each.seen.clear()
