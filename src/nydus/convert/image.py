@@ -152,7 +152,7 @@ def image(
             copy_blobs(
                 reader,
                 writer,
-                [layer for found in images for layer in found.manifest.layers],
+                list({layer.digest: layer for found in images for layer in found.manifest.layers}.values()),
                 link_from,
                 copying,
             )
