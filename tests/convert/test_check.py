@@ -388,18 +388,31 @@ def test_the_command(nydusify: Nydusify, vectors: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["v6-zstd", "v5-zstd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v6-zstd",
+        "v5-zstd",
+        "v6-lz4",
+        "v6-batch",
+        "merged-index",
+        "oci-ref",
+        "run/merged-index",
+        "run/oci-ref",
+    ],
+)
 def test_the_command_with_a_mount(nydusify: Nydusify, vectors: Path, tmp_path: Path, name: str) -> None:
-    shutil.copy(vectors / f"oci/{name}.tar", tmp_path / "t.tar")
-    done = nydusify(
-        "check",
-        "--target-archive",
-        str(tmp_path / "t.tar"),
-        "--source-archive",
-        str(vectors / "oci/source.tar"),
-    )
+    source = vectors / "oci" / Path(name).parent / "source.tar"
+    target = f"{tmp_path}/t.tar"
+    shutil.copy(vectors / f"oci/{name}.tar", target)
+    if "oci-ref" in name:  # its data are the layers of the source
+        target = f"{tmp_path}/layout:ref"
+        copy(ArchivePlace(source), LayoutPlace(tmp_path / "layout", "source"))
+        copy(ArchivePlace(tmp_path / "t.tar"), LayoutPlace(tmp_path / "layout", "ref"))
+    done = nydusify("check", "--target-archive", target, "--source-archive", str(source), "--json")
     assert done.returncode == 0, done.stderr
     assert 'msg="mounting image"' in done.stderr
+    assert json.loads(done.stdout)["checks"]["filesystem"] > 16
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
 
 
