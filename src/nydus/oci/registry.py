@@ -441,8 +441,9 @@ class Repository:
 
     def abandon(self, location: str) -> None:
         """Tells the registry that an upload will not be finished; does not matter if it fails."""
+        scope = self.push.replace(":pull,push", ":delete")  # which docker-registry wants for that
         with contextlib.suppress(BackendError):
-            self.transport.discard(self.transport.request("DELETE", location, self.push, ok=range(200, 600)))
+            self.transport.discard(self.transport.request("DELETE", location, scope, ok=range(200, 600)))
 
 
 def _digest_of(data: bytes, like: str) -> str:
