@@ -19,6 +19,7 @@ from nydus.convert.copy import linkable_repository
 from nydus.convert.opened import COMMITTED_BLOBS, Opened, open_nydus, put_variant, store_blob
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
+from nydus.convert.target import require_target
 from nydus.errors import ConfigError, NydusError
 from nydus.oci.connections import held
 from nydus.oci.model import Descriptor
@@ -104,6 +105,7 @@ def commit(
     if selection.extra and not container.pid:
         raise ConfigError(f"container {container.id[:12]} does not run: --with-path needs its mounts")
     writer = target.open_sink()
+    require_target(writer, target)
     opened.copy_to(writer, linkable_repository(base, target), progress)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder:
         progress.note("committing changes", container=container.id)

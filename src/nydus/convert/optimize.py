@@ -16,6 +16,7 @@ from nydus.convert.documents import BOOTSTRAP
 from nydus.convert.opened import PREFETCH_BLOB, open_nydus, put_variant, store_blob
 from nydus.convert.progress import Progress, Silent
 from nydus.convert.select import reference_name
+from nydus.convert.target import require_target
 from nydus.errors import ConfigError
 from nydus.oci.model import Descriptor, Platform
 from nydus.oci.place import SinkPlace, SourcePlace
@@ -90,6 +91,7 @@ def optimize(
     if not files:
         raise ConfigError(f"{trace_name}: names no file of {source}")
     writer = target.open_sink()
+    require_target(writer, target)
     sent = base.copy_to(writer, linkable_repository(source, target), progress)
     progress.note("optimizing image", image=source)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="nydusify-") as folder, ExitStack() as stack:
