@@ -15,7 +15,7 @@ from nydus.convert.copy import copy_blobs, linkable_repository
 from nydus.convert.finished import Finished, FinishedImages, bring_image, kept_layers
 from nydus.convert.layers import convert_layers, readable, repository_of
 from nydus.convert.merged import put_original
-from nydus.convert.opened import open_nydus
+from nydus.convert.opened import Opened, open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import Record, known_of, options_key
@@ -103,9 +103,9 @@ def image(
     for found in images:
         _check(found, reader, f"{source}", options)
     writer = target.open_sink()
-    chunks = open_nydus(dictionary, images[0].platform, exact=False, keys=None) if dictionary else None
-    if chunks and chunks.elsewhere and backend is None:
-        raise ConfigError(f"{dictionary}: its blobs are in a storage backend, the image's have to be, too")
+    chunks: Opened | None = None
+    if dictionary:
+        chunks = open_nydus(dictionary, images[0].platform, exact=False, keys=None, later=True)
     key = options_key(options, chunks.found.descriptor.digest if chunks else "")
     cached = cache.load(key) if cache else {}
     cache_source = cache.place.open() if cache else None
@@ -126,6 +126,10 @@ def image(
 
     finished = [before(found) for found in images]
     if not all(finished):
+        if chunks and chunks.elsewhere and backend is None:
+            raise ConfigError(
+                f"{dictionary}: its blobs are in a storage backend, the image's have to be, too"
+            )
         require_target(writer, target)
     pairs = list(zip(images, finished, strict=True))
     with convert_layers(
@@ -137,7 +141,7 @@ def image(
         progress,
         cached,
         Record(options.record, key) if options.record else None,
-        chunks.tree if chunks else None,
+        chunks.tree if chunks and not all(finished) else None,
         cache_source,
         fork=fork,
     ) as (layers, blobs):

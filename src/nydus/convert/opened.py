@@ -61,15 +61,31 @@ class Opened:
 
     Attributes:
         found: its documents.
-        files: of the bootstrap layer, by path in it.
-        tree: its file system.
+        keys: private keys, for an encrypted image.
     """
 
     place: SourcePlace
     source: Source
     found: Image
-    files: dict[str, bytes]
-    tree: Tree
+    keys: Sequence[PrivateKey] = ()
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Of the bootstrap layer, by path in it. For what this raises, see :func:`open_nydus`."""
+        layer, diff_ids = self.found.manifest.layers[-1], self.found.config.rootfs.diff_ids
+        where = f"{self.place}: bootstrap layer"
+        files, diff_id = read_bootstrap_layer(self.source, layer, where, self.keys)
+        if not model.is_model(self.found.manifest) and (not diff_ids or diff_ids[-1] != diff_id):
+            expected = diff_ids[-1] if diff_ids else "none"
+            raise FormatError("wrong diff id", where=where, expected=expected, found=diff_id)
+        return files
+
+    @cached_property
+    def tree(self) -> Tree:
+        """Its file system. For what this raises, see :func:`open_nydus`."""
+        from nydus import rafs
+
+        return rafs.read(self.files[BOOTSTRAP], f"{self.place}: {BOOTSTRAP}")
 
     @property
     def blobs(self) -> list[Descriptor]:
@@ -156,6 +172,7 @@ def open_nydus(
     *,
     exact: bool = True,
     keys: Sequence[PrivateKey] | None = (),
+    later: bool = False,
 ) -> Opened:
     """Opens a Nydus image; of a merged index its Nydus half. Reads the bootstrap, no blob.
 
@@ -163,13 +180,14 @@ def open_nydus(
         platform: None is this machine's where there is a choice.
         exact: a single manifest must be for that platform, too.
         keys: private keys, for an encrypted image; None refuses such images, whose chunks cannot be shared.
+        later: the bootstrap is read when it is first needed, not now.
 
     Raises:
         ConfigError: it is not a Nydus image, or there is none for the platform.
         FormatError: a document or the bootstrap is damaged.
         BackendError: it cannot be read.
     """
-    return open_each(place, [platform] if platform else (), exact=exact, keys=keys)[0]
+    return open_each(place, [platform] if platform else (), exact=exact, keys=keys, later=later)[0]
 
 
 def open_each(
@@ -178,6 +196,7 @@ def open_each(
     *,
     exact: bool = True,
     keys: Sequence[PrivateKey] | None = (),
+    later: bool = False,
 ) -> list[Opened]:
     """The same for several platforms, or with None for all that there are."""
     source = place.open()
@@ -185,25 +204,14 @@ def open_each(
     found = [image for image in images if image.is_nydus]
     if not found:
         raise ConfigError(f"{place}: is not a Nydus image; convert it first")
-    return [_open(place, source, image, keys) for image in found]
-
-
-def _open(place: SourcePlace, source: Source, found: Image, keys: Sequence[PrivateKey] | None) -> Opened:
-    from nydus import rafs
-
-    layer = found.manifest.layers[-1]
-    if keys is None and layer.media_type.endswith(ENCRYPTED):
+    if keys is None and any(image.manifest.layers[-1].media_type.endswith(ENCRYPTED) for image in found):
         raise ConfigError(
             f"{place}: is encrypted; its chunks cannot be shared, as that would tell everybody their keys"
         )
-    files, diff_id = read_bootstrap_layer(source, layer, f"{place}: bootstrap layer", keys or ())
-    diff_ids = found.config.rootfs.diff_ids
-    if not model.is_model(found.manifest) and (not diff_ids or diff_ids[-1] != diff_id):
-        expected = diff_ids[-1] if diff_ids else "none"
-        raise FormatError(
-            "wrong diff id", where=f"{place}: bootstrap layer", expected=expected, found=diff_id
-        )
-    return Opened(place, source, found, files, rafs.read(files[BOOTSTRAP], f"{place}: {BOOTSTRAP}"))
+    opened = [Opened(place, source, image, keys or ()) for image in found]
+    for each in opened:
+        _ = later or each.tree
+    return opened
 
 
 def put_variant(
