@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from documents import load
 from faulty import FaultyRegistry
+from nydusify_command import Nydusify
 
 from nydus.convert.backend import FolderPlace
 from nydus.convert.image import Result, image
@@ -49,6 +50,26 @@ def test_an_image_is_not_even_merged_again(
     assert second.sizes == first.sizes
     assert not server.paths("POST") and not server.paths("PATCH")
     assert server.paths("PUT") == ["/v2/small/manifests/two"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "oci-ref", "backend", "dictionary"])
+def test_nothing_is_imported_that_only_a_conversion_needs(
+    server: FaultyRegistry, source: str, nydusify: Nydusify, tmp_path: Path, kind: str
+) -> None:
+    dictionary, folder = f"{server.host}/small:dictionary", json.dumps({"dir": "blobs"})
+    more = {
+        "oci-ref": ["--oci-ref"],
+        "backend": ["--backend-type", "localfs", "--backend-config", folder],
+        "dictionary": ["--chunk-dict", f"bootstrap:registry:{dictionary}"],
+    }.get(kind, [])
+    command = ["convert", "--source", source, "--plain-http", "--target"]
+    assert nydusify(*command, dictionary).returncode == 0
+    assert nydusify(*command, f"{source}-one", *more).returncode == 0
+    again = nydusify(*command, f"{source}-two", *more, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert again.returncode == 0, again.stderr
+    imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines()}
+    assert "nydus.convert.finished" in imported
+    assert not imported & {"numpy", "nydus.rafs", "nydus.convert.workers", "opendal"}
 
 
 def test_other_options_or_another_source_make_another_image(
