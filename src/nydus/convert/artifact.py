@@ -332,11 +332,13 @@ def _add_layer(
     def add_data(inode: int, start: int, size: int) -> None:
         first = len(chunks.blob)
         for offset in range(0, size, chunk_size):
-            piece = window.take(min(chunk_size, size - offset))
+            length, crc = min(chunk_size, size - offset), 0
+            for done in range(0, length, _PIECE):
+                crc = codec.crc32c(window.take(min(_PIECE, length - done)), crc)
             chunks.blob.append(number)
             chunks.offset.append(start + offset)
-            chunks.size.append(len(piece))
-            chunks.crc.append(codec.crc32c(piece))
+            chunks.size.append(length)
+            chunks.crc.append(crc)
         builder.set_chunks(inode, first, len(chunks.blob) - first)
 
     if ".raw" in layer.media_type:

@@ -34,10 +34,11 @@ def digest(kind: Digester, data: Buffer) -> bytes:
     return blake3.blake3(data).digest() if kind == Digester.BLAKE3 else hashlib.sha256(data).digest()
 
 
-def crc32c(data: Buffer) -> int:
-    """CRC-32C (Castagnoli) of some bytes."""
+def crc32c(data: Buffer, before: int = 0) -> int:
+    """CRC-32C (Castagnoli) of some bytes; ``before`` is that of what is in front of them."""
     # The C extension takes bytes and numpy arrays, but no other buffers.
-    return int(google_crc32c.value(data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)))
+    whole = data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
+    return int(google_crc32c.extend(before, whole))
 
 
 def compress(kind: Compression, data: Buffer) -> bytes:
