@@ -53,6 +53,11 @@ def blobs_of(document: dict[str, Any]) -> dict[str, int]:
     return {each["digest"]: each["size"] for each in (document["config"], *document["layers"])}
 
 
+def listed(manifest: dict[str, Any]) -> int:
+    """What a manifest lists, as often as it does."""
+    return sum(each["size"] for each in (manifest["config"], *manifest["layers"]))
+
+
 def stored(server: FaultyRegistry, tag: str) -> Any:
     return load(place(f"{server.host}/small:{tag}").open(), tag)
 
@@ -60,10 +65,11 @@ def stored(server: FaultyRegistry, tag: str) -> Any:
 def test_a_plain_conversion(nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path) -> None:
     found, figures, text = convert(nydusify, tmp_path, source)
     before, after = stored(server, "latest"), stored(server, "latest-n")
-    assert found["source_size"] == sum(blobs_of(before).values()) == figures["SourceImageSize"]
+    assert found["source_size"] == sum(blobs_of(before).values())
+    assert figures["SourceImageSize"] == listed(before) > found["source_size"]
     assert found["target_size"] == sum(blobs_of(after).values()) == figures["TargetTotalSize"]
     assert found["kept_size"] == found["backend_size"] == 0
-    assert figures["TargetImageSize"] == found["target_size"]
+    assert figures["TargetImageSize"] == listed(after) > found["target_size"]
     start = after["config"]["size"] + after["layers"][-1]["size"]
     assert found["start_size"] == start == figures["StartSize"]
     assert found["start_image_size"] == found["target_size"]
@@ -77,10 +83,11 @@ def test_an_index_over_layers_needs_these(
 ) -> None:
     found, figures, text = convert(nydusify, tmp_path, source, "--oci-ref")
     layers = {layer["digest"]: layer["size"] for layer in stored(server, "latest")["layers"]}
-    index = sum(blobs_of(stored(server, "latest-n")).values())
+    manifest = stored(server, "latest-n")
+    index = sum(blobs_of(manifest).values())
     assert found["kept_size"] == sum(layers.values()) == figures["KeptSize"]
     assert found["target_size"] == index + found["kept_size"] == found["start_image_size"]
-    assert figures["TargetImageSize"] == index
+    assert figures["TargetImageSize"] == listed(manifest)
     assert " layers of the source)" in text
     shown = json.loads(nydusify("info", f"{source}-n", "--plain-http", "--json").stdout)
     assert shown["total_size"] == shown["size"] + shown["elsewhere"]
@@ -97,8 +104,9 @@ def test_both_halves_of_an_index_count(
     layers = {layer["digest"]: layer["size"] for layer in stored(server, "latest")["layers"]}
     assert found["target_size"] == sum(blobs_of(index).values()) == figures["TargetTotalSize"]
     assert found["kept_size"] == sum(layers.values())
-    half = sum(blobs_of(index["manifests"][1]["content"]).values())
-    assert found["start_image_size"] == half == figures["TargetImageSize"]
+    half = index["manifests"][1]["content"]
+    assert found["start_image_size"] == sum(blobs_of(half).values())
+    assert figures["TargetImageSize"] == listed(half)
 
 
 def test_a_storage_backend_counts(

@@ -53,8 +53,8 @@ def tell(log: Log, result: Result, where: str) -> None:
 def figures(result: Result) -> dict[str, int]:
     """What ``--output-json`` says: the reference's keys (bytes, nanoseconds), and some of our own."""
     return {
-        "SourceImageSize": result.sizes.source,
-        "TargetImageSize": result.sizes.listed,
+        "SourceImageSize": result.sizes.source_listed,
+        "TargetImageSize": result.sizes.target_listed,
         "SourcePullElapsed": int(result.pull_seconds * 1e9),
         "ConversionElapsed": int(result.convert_seconds * 1e9),
         "TargetPushElapsed": int(result.push_seconds * 1e9),

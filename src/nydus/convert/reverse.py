@@ -26,7 +26,7 @@ from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
 from nydus.convert.reuse import Reversed, ReversedLayers, bring
 from nydus.convert.select import Image, reference_name, select
-from nydus.convert.sizes import Sizes, blobs_of, total, unlisted
+from nydus.convert.sizes import Sizes, blobs_of, listed, total, unlisted
 from nydus.convert.target import require_target
 from nydus.errors import BackendError, ConfigError, NydusError
 from nydus.oci import model
@@ -152,8 +152,8 @@ def reverse(
         manifests.append(manifest)
     descriptor = entries[0]
     if not single:
-        listed = Index(schema_version=2, media_type=model.OCI_INDEX, manifests=tuple(entries))
-        descriptor = writer.put_manifest(name, model.encode(listed), model.OCI_INDEX)
+        several = Index(schema_version=2, media_type=model.OCI_INDEX, manifests=tuple(entries))
+        descriptor = writer.put_manifest(name, model.encode(several), model.OCI_INDEX)
     ended = time.monotonic()
     progress.note(f"pushed image {target} , elapse {ended - converted:.3f}s")
     return Result(
@@ -162,7 +162,8 @@ def reverse(
             source=total(*(blobs_of(plan.found.manifest) for plan in plans))
             + unlisted(*((plan.found.manifest, plan.tree) for plan in plans)),
             target=total(*map(blobs_of, manifests)),
-            listed=total(*map(blobs_of, manifests)),
+            source_listed=listed(found.manifest for found in halves),
+            target_listed=listed(manifests),
         ),
         pull_seconds=pulled - started,
         convert_seconds=converted - pulled,

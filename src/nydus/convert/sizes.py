@@ -37,7 +37,8 @@ class Sizes:
         kept: layers of the source, which hold the data (oci-ref, model artifacts) or are the other half of an
             index (merge-platform).
         backend: blobs in the storage backend.
-        listed: what the manifests of the Nydus images name, which is what the reference counts.
+        source_listed, target_listed: sums of all sizes that the manifests of the source, and of the Nydus
+            images alone, say; what the reference tells.
         start: None of what does not start lazily. Of several platforms the one with the most to fetch.
     """
 
@@ -45,7 +46,8 @@ class Sizes:
     target: int
     kept: int = 0
     backend: int = 0
-    listed: int = 0
+    source_listed: int = 0
+    target_listed: int = 0
     start: Start | None = None
 
 
@@ -57,6 +59,11 @@ def blobs_of(manifest: Manifest) -> list[Descriptor]:
 def total(*groups: Iterable[Descriptor]) -> int:
     """Bytes of distinct blobs."""
     return sum(_distinct(*groups).values())
+
+
+def listed(manifests: Iterable[Manifest]) -> int:
+    """Bytes of all that manifests list; what is listed twice counts twice."""
+    return sum(blob.size for manifest in manifests for blob in blobs_of(manifest))
 
 
 def _distinct(*groups: Iterable[Descriptor]) -> dict[str, int]:
@@ -88,8 +95,7 @@ def measure(
         originals: manifests of ordinary images that the target has, too.
         in_backend: ``data`` are in a storage backend; else beside the image.
     """
-    listed = _distinct(*map(blobs_of, manifests))
-    target = listed | _distinct(*data, *map(blobs_of, originals))
+    target = _distinct(*data, *map(blobs_of, [*manifests, *originals]))
     of_source = {layer.digest for manifest in sources for layer in manifest.layers}
     starts = [
         Start(
@@ -104,6 +110,7 @@ def measure(
         target=sum(target.values()),
         kept=sum(size for digest, size in target.items() if digest in of_source),
         backend=total(*data) if in_backend else 0,
-        listed=sum(listed.values()),
+        source_listed=listed(sources),
+        target_listed=listed(manifests),
         start=max(starts, key=lambda start: start.size),
     )
