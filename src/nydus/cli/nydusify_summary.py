@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 #: Mbit/s, for an estimate of what a lazy start saves.
 _RATE = 100
+#: Bytes that take long enough at that rate.
+_WORTH_TELLING = 1 << 20
 
 
 def tell(log: Log, result: Result, where: str) -> None:
@@ -28,10 +30,10 @@ def tell(log: Log, result: Result, where: str) -> None:
         text += f"; {result.duplicates} chunks did not have to be stored again"
     if start := sizes.start:
         share = f"{100 * start.size / start.image:.3g} %"
-        text += (
-            f"; containers start after {human(start.size)}, {share} of the Nydus image"
-            f" (at {_RATE} Mbit/s {_seconds(start.size)}, {_seconds(start.source)} for the whole source)"
-        )
+        text += f"; containers start after {human(start.size)}, {share} of the Nydus image"
+        if start.source > _WORTH_TELLING:
+            times = f"{_seconds(start.size)}, {_seconds(start.source)} for the whole source"
+            text += f" (at {_RATE} Mbit/s {times})"
     document = {
         "target": where,
         "digest": result.descriptor.digest,
