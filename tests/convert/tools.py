@@ -85,14 +85,13 @@ def snapshot(root: Path) -> Snapshot:
     return found
 
 
-def must_be_equal(one: Snapshot, other: Snapshot, *, root: bool = True) -> None:
+def must_be_equal(one: Snapshot, other: Snapshot) -> None:
     """Fails with every path where two snapshots differ. Nobody says what the time of the root is."""
-    if root:
-        one, other = ({**each, ".": each["."][:3] + each["."][4:]} for each in (one, other))
+    one, other = ({**each, ".": each["."][:3] + each["."][4:]} for each in (one, other))
     found = [
         f"{path}: {one.get(path)} != {other.get(path)}"
         for path in sorted(one.keys() | other.keys())
-        if one.get(path) != other.get(path) and (root or path != ".")
+        if one.get(path) != other.get(path)
     ]
     if found:
         pytest.fail("\n".join(found), pytrace=False)

@@ -59,8 +59,10 @@ assert _HEADER.itemsize == BLOCK
 _LIMITS = (("uid", 0o7777777), ("gid", 0o7777777), ("size", 0o77777777777), ("mtime", 0o77777777777))
 
 
-def write_tar(image: Image, write: Callable[[bytes], object], *, omit: Set[int] = frozenset()) -> int:
-    """Write all names of an image but the root, depth first in raw name order.
+def write_tar(
+    image: Image, write: Callable[[bytes], object], *, omit: Set[int] = frozenset(), root: bool = False
+) -> int:
+    """Write all names of an image, depth first in raw name order.
 
     Names have no leading slash, hard links an absolute target; whiteouts stay as they are stored. Times
     finer than seconds, extended attributes and long names go into PAX headers. Sockets are left out with a
@@ -69,6 +71,7 @@ def write_tar(image: Image, write: Callable[[bytes], object], *, omit: Set[int] 
     Args:
         write: gets the archive in order, about 1 MiB at a time.
         omit: rows of directories that get no entry of their own.
+        root: write ``./``, too.
 
     Returns:
         The number of entries.
@@ -77,7 +80,7 @@ def write_tar(image: Image, write: Callable[[bytes], object], *, omit: Set[int] 
         FormatError, BackendError: the data of a file are wrong, or cannot be had.
     """
     tree = image.tree
-    rows, first = _entries(tree)
+    rows, first = _entries(tree, root)
     is_data = (tree.nodes["chunk_count"][rows] > 0) & (first[tree.nodes["link"][rows]] == rows)
     data = image.stream_rows(rows[is_data].tolist())
     pending: list[bytes | memoryview] = []
@@ -113,9 +116,9 @@ def write_tar(image: Image, write: Callable[[bytes], object], *, omit: Set[int] 
     return len(rows) - len(omit)
 
 
-def _entries(tree: Tree) -> tuple[Array, Array]:
+def _entries(tree: Tree, root: bool) -> tuple[Array, Array]:
     """Rows to write in order, and by row of an inode the first of its names that is written."""
-    rows = order.preorder(tree.nodes["parent"])[1:]
+    rows = order.preorder(tree.nodes["parent"])[0 if root else 1 :]
     sockets = (tree.nodes["mode"][rows] & 0o170000) == stat.S_IFSOCK
     for row in rows[sockets].tolist():
         log.warning("%s is a socket: left out", os.fsdecode(tree.path(row)))
@@ -136,8 +139,8 @@ def _paths(tree: Tree, rows: Array) -> Iterator[bytes]:
         is_directory = ((nodes["mode"] & 0o170000) == stat.S_IFDIR).tolist()
         columns = (nodes[name].tolist() for name in ("parent", "name_offset", "name_length"))
         for row, directory, parent, at, length in zip(part.tolist(), is_directory, *columns, strict=True):
-            path = directories[parent] + names[at : at + length]
-            if directory:
+            path = directories[parent] + names[at : at + length] if row else b"./"
+            if directory and row:
                 directories[row] = path + b"/"
             yield path
 

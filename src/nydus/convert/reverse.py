@@ -36,7 +36,7 @@ from nydus.oci.retry import wait_to_retry
 
 if TYPE_CHECKING:
     from nydus.oci.encryption import PrivateKey
-    from nydus.rafs.model import Tree
+    from nydus.rafs.model import Array, Tree
     from nydus.storage.backend import Backend
 
 _PIECE = 1 << 20
@@ -311,7 +311,7 @@ def _rebuild(
             state.state, state.built, state.uploaded = "working", size, upload.sent
             work.progress.changed(state)
 
-        write_tar(image.open(tree, blobs), pack, omit=omit)
+        write_tar(image.open(tree, blobs), pack, omit=omit, root=not _says_nothing(tree.nodes[:1])[0])
         put(packer.flush())
         digest = f"sha256:{packed.hexdigest()}"
         upload.commit(digest)
@@ -326,10 +326,8 @@ def _implied(layer: Tree, image: Tree) -> frozenset[int]:
     but has other attributes in the image, got these below or above.
     """
     nodes = layer.nodes
-    plain = (nodes["mode"] == 0o040755) & (nodes["mtime"] == 0) & (nodes["xattr"] < 0)
-    plain &= (nodes["uid"] == 0) & (nodes["gid"] == 0) & (nodes["mtime_ns"] == 0)
     omit = set()
-    for row in plain.nonzero()[0].tolist():
+    for row in _says_nothing(nodes).nonzero()[0].tolist():
         other = image.find(layer.path(row)) if len(layer.children(row)) else None
         if other is None:
             continue
@@ -338,6 +336,12 @@ def _implied(layer: Tree, image: Tree) -> frozenset[int]:
         if node["mode"] & 0o170000 == 0o040000 and not (same and node["xattr"] < 0):
             omit.add(row)
     return frozenset(omit)
+
+
+def _says_nothing(nodes: Array) -> Array:
+    """Which of some rows are directories as they are where no archive describes them."""
+    plain: Array = (nodes["mode"] == 0o040755) & (nodes["mtime"] == 0) & (nodes["xattr"] < 0)
+    return plain & (nodes["uid"] == 0) & (nodes["gid"] == 0) & (nodes["mtime_ns"] == 0)
 
 
 class _Spool(SourceBackend):
