@@ -341,7 +341,8 @@ def _implied(layer: Tree, image: Tree) -> frozenset[int]:
 def _says_nothing(nodes: Array) -> Array:
     """Which of some rows are directories as they are where no archive describes them."""
     plain: Array = (nodes["mode"] == 0o040755) & (nodes["mtime"] == 0) & (nodes["xattr"] < 0)
-    return plain & (nodes["uid"] == 0) & (nodes["gid"] == 0) & (nodes["mtime_ns"] == 0)
+    plain &= (nodes["uid"] == 0) & (nodes["gid"] == 0) & (nodes["mtime_ns"] == 0)
+    return plain
 
 
 class _Spool(SourceBackend):
