@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nydus.convert.job import Converted
 
 #: Changes whenever the builder gives other bytes for the same options.
-_FORMAT = 1
+_FORMAT = 2
 _MOST = 4096
 #: Of the tables of a layer, as they are stored, that are read at once.
 _MAX_TABLES = 64 << 20
