@@ -328,7 +328,7 @@ def test_errors_name_the_member() -> None:
             build(damaged)
     packed = bytearray(isal_gzip(archive(file("big", os.urandom(1 << 22)))))
     packed[-6] ^= 1
-    with pytest.raises(FormatError, match="^test: (after )?big: not a gzip stream: .* at offset 0x"):
+    with pytest.raises(FormatError, match=r"^test: (after )?big: not a gzip stream: .* at offset 0x"):
         build(bytes(packed))
 
 
