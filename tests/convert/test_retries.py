@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from faulty import BasicAuth, FaultyHandler, FaultyRegistry, Times, is_blob, status
 from nydusify_command import Nydusify, one_fatal_line
@@ -71,3 +73,11 @@ def test_a_backend_that_cannot_be_written_is_found_out_first(
     )  # fmt: skip
     assert message.startswith("target s3 bucket b: ")
     assert len([path for path in server.paths("GET") if "/blobs/" in path]) == 1
+
+
+@pytest.mark.parametrize("command", [("info",), ("mount", "--target"), ("check", "--target")])
+def test_retries_are_log_lines_of_every_command(nydusify: Nydusify, command: tuple[str, ...]) -> None:
+    done = nydusify(*command, "127.0.0.1:1/a:n", "--plain-http")
+    assert one_fatal_line(done) == "127.0.0.1:1: cannot connect: Connection refused"
+    assert "trying again in" in done.stderr
+    assert all(re.match(r'time="\S+" level=\w+ msg=', line) for line in done.stderr.splitlines())

@@ -64,7 +64,10 @@ def nydusify(
         except OSError as error:
             raise ConfigError(f"--log-file {log_file}: {error.strerror}") from error
         ctx.call_on_close(stream.close)
+    from nydus.cli.warned import warnings_to
+
     ctx.obj = use_log(Log("debug" if debug else log_level, stream))
+    ctx.with_resource(warnings_to(ctx.obj))
 
 
 def main() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 from nydus.cli.logs import Log, human
@@ -18,31 +17,9 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 5.0
 
 
-@contextmanager
-def progress_for(log: Log) -> Iterator[Progress]:
-    """What shows the course of a conversion on the terminal of ``log``, or writes it to the log.
-
-    Warnings of the library go to ``log`` meanwhile.
-    """
-    handler = _Warnings(log)
-    library = logging.getLogger("nydus")
-    library.addHandler(handler)
-    try:
-        with _bars(log) if log.terminal and log.enabled("info") else nullcontext(Lines(log)) as progress:
-            yield progress
-    finally:
-        library.removeHandler(handler)
-
-
-class _Warnings(logging.Handler):
-    """Writes what the library warns of to the log of the command."""
-
-    def __init__(self, log: Log) -> None:
-        super().__init__(logging.WARNING)
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.warning(record.getMessage())
+def progress_for(log: Log) -> AbstractContextManager[Progress]:
+    """What shows the course of a conversion on the terminal of ``log``, or writes it to the log."""
+    return _bars(log) if log.terminal and log.enabled("info") else nullcontext(Lines(log))
 
 
 @contextmanager
