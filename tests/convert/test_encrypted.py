@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 from documents import load
-from faulty import FaultyRegistry
+from faulty import FaultyHandler, FaultyRegistry, Times, status
 from nydusify_command import Nydusify, one_fatal_line
 
 from nydus.convert.changes import Selection
 from nydus.convert.check import check
 from nydus.convert.commit import build_parts, put_committed
+from nydus.convert.image import image as convert_image
 from nydus.convert.opened import open_nydus, store_blob
+from nydus.convert.options import ConvertOptions
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import encryption, model
 from nydus.oci.place import RegistryPlace
 from nydus.oci.reference import parse
+from nydus.oci.transport import Policy
 
 pytestmark = pytest.mark.vectors
 
@@ -337,3 +340,27 @@ def test_it_can_be_committed_to(
         open_nydus(target, keys=keys)
     with pytest.raises(ConfigError, match="say with --encrypt-recipients"):
         base.require_readers(())
+
+
+def test_a_layer_that_is_built_twice_has_the_keys_of_the_blob_that_is_stored(
+    server: FaultyRegistry, source: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Each attempt has other keys; the upload of the last layer fails after all are built."""
+
+    last: list[str] = []
+
+    def is_last(handler: FaultyHandler) -> bool:
+        if handler.command != "PUT" or "digest=" not in handler.path:
+            return False
+        last.extend([handler.path.rpartition("digest=")[2]] * (len(server.paths("PUT")) == 3))
+        return handler.path.rpartition("digest=")[2] in last
+
+    refused = Times(Policy().attempts, is_last, status(503))
+    server.intercepts.append(refused)
+    target = RegistryPlace(parse(f"{server.host}/small:secret"), plain_http=True)
+    private, public = pairs["ec"]
+    options = ConvertOptions(recipients=(f"jwe:{public}",), workers=1, retry_delay=0.1)
+    convert_image(RegistryPlace(parse(source), plain_http=True), target, options)
+    assert refused.left == 0
+    key = encryption.private_keys([str(private)])
+    check(target, RegistryPlace(parse(source), plain_http=True), None, tmp_path, keys=key)

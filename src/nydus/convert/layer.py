@@ -68,7 +68,8 @@ def convert_layer(job: Job, report: Report, built: Callable[[Converted], None]) 
     """Converts one layer; a network failure makes it begin again.
 
     Args:
-        built: called with the result as soon as it stands, while the last of the blob is still on its way.
+        built: called with the result as soon as it stands, while the last of the blob is still on its way (of
+            an encrypted one, once it is stored).
 
     Raises:
         BackendError: the source cannot be read or the target not be written.
@@ -120,21 +121,24 @@ def _convert(
                 result.blob.rafs_digest = bytes.fromhex(result.blob_digest)
             elif job.options.recipients and result.blob:
                 result.blob.id = result.blob_digest
-            built(
-                Converted(
-                    digest,
-                    result.blob_size,
-                    result.tree,
-                    result.blob_meta if job.options.fs_version == 6 else b"",
-                    result.duplicates,
-                    time.monotonic() - started,
-                    hashlib.sha256(result.bootstrap).hexdigest(),
-                    result.toc_digest.hex() if result.toc_size else "",
-                    result.toc_size,
-                    reference=job.layer.digest if job.options.oci_ref else "",
-                )
+            converted = Converted(
+                digest,
+                result.blob_size,
+                result.tree,
+                result.blob_meta if job.options.fs_version == 6 else b"",
+                result.duplicates,
+                time.monotonic() - started,
+                hashlib.sha256(result.bootstrap).hexdigest(),
+                result.toc_digest.hex() if result.toc_size else "",
+                result.toc_size,
+                reference=job.layer.digest if job.options.oci_ref else "",
             )
+            early = not job.options.recipients  # each attempt has keys of its own, and so another blob
+            if early:
+                built(converted)
             upload.commit(digest)
+            if not early:
+                built(converted)
             counted.tell(final=True)
     finally:
         stream.close()
