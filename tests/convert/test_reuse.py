@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from documents import load
 from faulty import FaultyRegistry
 from images import place
 
+from nydus.convert.check import check
 from nydus.convert.image import image
 from nydus.convert.options import ConvertOptions
 from nydus.errors import NydusError
@@ -164,3 +167,47 @@ def test_a_build_cache_with_everything_else(server: FaultyRegistry, source: str,
             place(f"{server.host}/ref-{name}:nydus").open().manifest("nydus")[0] for name in ("fresh", "two")
         )
         assert fresh == cached
+
+
+def test_a_build_cache_and_a_dictionary_after_a_conversion_without_the_cache(
+    server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    from nydus.convert.cache import BuildCache
+
+    dictionary, target = place(f"{server.host}/small:dictionary"), place(f"{server.host}/small:n")
+    image(place(source), dictionary, ConvertOptions(prefetch=()))
+    options = ConvertOptions(record=tmp_path / "record")
+    first = image(place(source), target, options, dictionary=dictionary)
+    cache = place(f"{server.host}/cache:c")
+    again = image(place(source), target, options, cache=BuildCache(cache), dictionary=dictionary)
+    assert again.descriptor == first.descriptor
+    assert [layer.reused for layer in again.layers] == [True] * 3
+    assert len(load(cache.open(), "c")["layers"]) == 3
+
+
+def test_a_cached_image_is_not_used_with_other_blobs_than_it_was_made_of(
+    server: FaultyRegistry, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of a codec gives a layer other bytes; its entry is replaced, those of images stay."""
+    from nydus.convert.cache import BuildCache
+
+    # Other options stand for that other version.
+    monkeypatch.setattr("nydus.convert.image.options_key", lambda *_: "key")
+    cache, part = place(f"{server.host}/cache:c"), place(f"{server.host}/small:part")
+    image(place(source), place(f"{server.host}/small:n"), cache=BuildCache(cache))
+    store, raw = part.open_sink(), place(source).open().manifest("latest")[1]
+    manifest = model.decode(raw, model.Manifest, "")
+    config = json.loads(part.open().document(manifest.config))
+    config["rootfs"]["diff_ids"] = config["rootfs"]["diff_ids"][:1]
+    stored = store.put_blob(model.encode(config), manifest.config.media_type)
+    changed = msgspec.structs.replace(manifest, config=stored, layers=manifest.layers[:1])
+    store.put_manifest("part", model.encode(changed), manifest.media_type)
+    lost = load(cache.open(), "c")["layers"][0]["digest"].partition(":")[2]
+    for path in (tmp_path / "registry").rglob(f"*{lost}*"):
+        path.unlink()
+    image(part, place(f"{server.host}/other:n"), ConvertOptions(compressor="none"), cache=BuildCache(cache))
+
+    with FaultyRegistry(tmp_path / "elsewhere") as other:
+        target = place(f"{other.host}/small:n")
+        image(place(source), target, cache=BuildCache(cache))
+        check(target, place(source), None, tmp_path)

@@ -49,7 +49,7 @@ class Assembled:
     def finished(self, found: Image, repository: str) -> Finished:
         """What to remember of it."""
         return Finished(
-            source=chain(found),
+            source=chain(found.manifest.layers),
             blobs=tuple(
                 Stored(blob.digest, blob.size, blob.annotations.get(model.NYDUS_REF, ""))
                 for blob in self.blobs

@@ -33,6 +33,7 @@ class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         key: see :func:`~nydus.convert.reuse.options_key`.
         bootstrap, toc, toc_size, implied, reference: of a layer, see :class:`~nydus.convert.reuse.Known`.
         diff_id: of the bootstrap of a whole image; its blobs are those of the layers.
+        blobs: of which blobs that bootstrap is, see :func:`~nydus.convert.finished.chain`.
     """
 
     key: str
@@ -42,6 +43,7 @@ class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     implied: tuple[str, ...] = ()
     reference: str = ""
     diff_id: str = ""
+    blobs: str = ""
 
 
 class BuildCache:
@@ -57,7 +59,7 @@ class BuildCache:
         self._records: tuple[Descriptor, ...] = ()
         self._key = ""
         self._layers: dict[str, Known] = {}
-        self._images: dict[str, tuple[Descriptor, str]] = {}
+        self._images: dict[str, tuple[Descriptor, _Entry]] = {}
 
     @property
     def repository(self) -> str:
@@ -93,7 +95,7 @@ class BuildCache:
             if entry is None or entry.key != key:
                 continue  # one that the reference wrote does not say what it was built with
             if entry.diff_id:
-                self._images[of] = record, entry.diff_id
+                self._images[of] = record, entry
                 continue
             self._layers[of] = Known(
                 digest=record.digest,
@@ -109,15 +111,18 @@ class BuildCache:
 
     def find(self, image: Image) -> Finished | None:
         """What an image became, if all of it is here."""
-        bootstrap, diff_id = self._images.get(chain(image), (None, ""))
+        source = chain(image.manifest.layers)
+        bootstrap, entry = self._images.get(source, (None, None))
         layers = [self._layers.get(layer.digest) for layer in image.manifest.layers]
-        if bootstrap is None or not all(layers):
+        blobs = tuple(Stored(known.digest, known.size, known.reference) for known in layers if known)
+        # The blob of a layer that was converted again may be another one: of another version of a codec.
+        if bootstrap is None or entry is None or len(blobs) < len(layers) or entry.blobs != chain(blobs):
             return None
         return Finished(
-            source=chain(image),
-            blobs=tuple(Stored(known.digest, known.size, known.reference) for known in layers if known),
+            source=source,
+            blobs=blobs,
             bootstrap=Stored(bootstrap.digest, bootstrap.size),
-            diff_id=diff_id,
+            diff_id=entry.diff_id,
             repository=self.repository,
         )
 
@@ -145,7 +150,10 @@ class BuildCache:
         ]
         added += [
             _record(
-                model.OCI_LAYER_GZIP, image.bootstrap, image.source, _Entry(self._key, diff_id=image.diff_id)
+                model.OCI_LAYER_GZIP,
+                image.bootstrap,
+                image.source,
+                _Entry(self._key, diff_id=image.diff_id, blobs=chain(image.blobs)),
             )
             for image in images
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     shared: tuple[Descriptor, ...] = ()
 
 
-def chain(image: Image) -> str:
-    """A digest that stands for the layers of an image."""
-    return model.digest(" ".join(layer.digest for layer in image.manifest.layers).encode())
+def chain(layers: Iterable[Descriptor | Stored]) -> str:
+    """A digest that stands for layers or blobs in their order."""
+    return model.digest(" ".join(layer.digest for layer in layers).encode())
 
 
 class FinishedImages:
@@ -79,7 +79,9 @@ class FinishedImages:
             os.utime(path)  # the newest are kept
         except (OSError, msgspec.MsgspecError):
             return None
-        same = finished.source == chain(image) and len(finished.blobs) == len(image.manifest.layers)
+        same = finished.source == chain(image.manifest.layers) and len(finished.blobs) == len(
+            image.manifest.layers
+        )
         return finished if same else None
 
     def add(self, image: Image, finished: Finished) -> None:
@@ -87,7 +89,7 @@ class FinishedImages:
         note(self._folder, self._name(image), msgspec.json.encode(finished))
 
     def _name(self, image: Image) -> str:
-        return hashlib.sha256(f"{self._key} {chain(image)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._key} {chain(image.manifest.layers)}".encode()).hexdigest()
 
 
 def bring_image(

@@ -116,8 +116,7 @@ def image(
     repository = repository_of(target)
     blobs_sink = backend.open_sink() if backend else None
     whole_cache = None if dictionary else cache  # which does not have the blobs of a dictionary
-    recorded = options.record and repository and not whole_cache
-    record = FinishedImages(options.record, key) if options.record and recorded else None
+    record = FinishedImages(options.record, key) if options.record and repository and not cache else None
 
     def before(found: Image) -> Finished | None:
         known = whole_cache.find(found) if whole_cache else record.find(found) if record else None
