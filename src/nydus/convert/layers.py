@@ -142,8 +142,8 @@ def convert_layers(
 def _workers(options: ConvertOptions, *, fork: bool) -> Workers:
     from nydus.convert.workers import Workers
 
-    # The client of object stores has threads of its own once it was used, without which a fork of it hangs.
-    return Workers(options.workers, fork=fork and "opendal" not in sys.modules)
+    # The clients of object stores and containerd have threads of their own, which a fork of them misses.
+    return Workers(options.workers, fork=fork and not {"opendal", "grpc"} & sys.modules.keys())
 
 
 def _take_over(
