@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jwcrypto.jwk import JWK
 
 from nydus.errors import ConfigError, FormatError, NydusError
 from nydus.oci import encryption
@@ -163,6 +165,36 @@ def test_what_is_no_recipient(alice: tuple[str, str], folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             encryption.private_keys([key])
+
+
+def test_what_is_no_key(alice: tuple[str, str], tmp_path: Path) -> None:
+    """A JWK says what it is for, and is not checked until it is used."""
+    key = json.loads(JWK.from_pem(Path(alice[0]).read_bytes()).export())
+    path = tmp_path / "key.jwk"
+    for more in ({"use": "sig"}, {"key_ops": ["sign"]}):
+        path.write_text(json.dumps(key | more))
+        with pytest.raises(ConfigError, match=r"key\.jwk: not a usable key"):
+            encryption.private_keys([str(path)])
+        with pytest.raises(ConfigError, match=r"key\.jwk: not a usable key"):
+            sealed(f"jwe:{path}")
+    for wrong in (
+        {"kty": "RSA", "n": "AQAB", "e": "AQAB"},
+        {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"},
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match=r"key\.jwk: not a usable key"):
+            sealed(f"jwe:{path}")
+        with pytest.raises(ConfigError, match=r"key\.jwk: is a public key"):
+            encryption.private_keys([str(path)])
+    path.write_text(json.dumps(key | {"use": "enc", "key_ops": ["unwrapKey"]}))
+    assert opened(sealed(f"pkcs7:{alice[1]}"), str(path)) == DATA
+
+
+def test_a_wrapped_key_is_small(alice: tuple[str, str]) -> None:
+    stored, annotations = sealed(f"pkcs7:{alice[1]}")
+    many = base64.b64encode(b"\x30\x00" * (1 << 20)).decode()
+    with pytest.raises(FormatError, match="x: an annotation of the encryption is longer than 1048576"):
+        opened((stored, {**annotations, PKCS7: many}), alice[0])
 
 
 def test_an_unknown_way(alice: tuple[str, str]) -> None:

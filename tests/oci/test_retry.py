@@ -59,6 +59,17 @@ def test_a_stream_does_not_wait_for_ever(
     assert len(server.paths("GET")) == 1 and not caplog.messages
 
 
+@pytest.mark.parametrize(
+    "when",
+    ["soon", "-1", "nan", "Mon, 01 Jan 2020 00:00:00 +99999999999999", "Mon, 01 Jan 9999999999 00:00:00 GMT"],
+)
+def test_a_time_that_cannot_be_counts_as_none(
+    repository: Repository, server: FaultyRegistry, digest: str, when: str
+) -> None:
+    server.intercepts.append(Times(1, is_blob, status(503, Retry_After=when)))
+    assert repository.read_range(digest, 0, 9) == DATA[:9]
+
+
 def test_an_upload_waits_as_long_as_it_is_asked_to(
     repository: Repository, server: FaultyRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:

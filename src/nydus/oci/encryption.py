@@ -30,6 +30,8 @@ _PREFIX = "org.opencontainers.image.enc."
 _KEYS = f"{_PREFIX}keys."
 _PUBLIC = f"{_PREFIX}pubopts"
 _CIPHER = "AES_256_CTR_HMAC_SHA256"
+#: Characters of a wrapped key: thousands of recipients, and not too many to be tried.
+_MOST = 1 << 20
 _FORMS = "jwe:<file of a public key>, pkcs7:<file of a certificate> or pgp:<name of a key of gpg>"
 _WRAP: dict[str, Callable[[bytes, Sequence[Any]], bytes]] = {
     "jwe": jwe.wrap,
@@ -77,7 +79,7 @@ class PrivateKey:
         if isinstance(self.key, pgp.SecretKeys):
             return self.key.unwrap(packet) if kind == "pgp" else None
         if kind == "pkcs7" and self.key["kty"] == "RSA":
-            return pkcs7.unwrap(packet, self.key.get_op_key("decrypt"))
+            return pkcs7.unwrap(packet, self.key.get_op_key("unwrapKey"))
         return jwe.unwrap(packet, self.key) if kind == "jwe" else None
 
 
@@ -126,10 +128,7 @@ def private_keys(texts: Sequence[str]) -> list[PrivateKey]:
         if pgp.is_secret(data):
             found.append(PrivateKey(pgp.SecretKeys(path, data, secret)))
         elif b"-----BEGIN CERTIFICATE-----" not in data or b"PRIVATE KEY-----" in data:
-            key = jwe.load(path, data, secret)
-            if not key.has_private:
-                raise ConfigError(f"{path}: is a public key; a private one is needed to decrypt")
-            found.append(PrivateKey(key))
+            found.append(PrivateKey(jwe.load(path, data, secret, private=True)))
     if texts and not found:
         raise ConfigError(f"{texts[0]}: is a certificate; a private key is needed to decrypt")
     return found
@@ -207,6 +206,9 @@ def _unwrap(wrapped: Sequence[tuple[str, str]], keys: Sequence[PrivateKey], wher
 
 
 def _unpack(text: str, where: str) -> bytes:
+    if len(text) > _MOST:
+        what = f"an annotation of the encryption is longer than {_MOST} characters"
+        raise FormatError(what, where=where)
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:

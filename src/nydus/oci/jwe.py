@@ -17,21 +17,27 @@ _ALGORITHMS = [
 ]
 
 
-def load(path: str, data: bytes, password: bytes | None = None) -> JWK:
+def load(path: str, data: bytes, password: bytes | None = None, *, private: bool = False) -> JWK:
     """A public or private key: PEM, a certificate, or a JWK.
 
+    Args:
+        private: it is to decrypt; otherwise to encrypt.
+
     Raises:
-        ConfigError: it is no such key, or the password is wrong.
+        ConfigError: it is no such key, not for that, or the password is wrong.
     """
     from jwcrypto.common import JWException
     from jwcrypto.jwk import JWK
 
     try:
         key = JWK.from_json(data) if data.lstrip().startswith(b"{") else JWK.from_pem(data, password)
+        if key["kty"] not in ("RSA", "EC"):
+            raise ConfigError(f"{path}: is a key of type {key['kty']}, not of RSA or an elliptic curve")
+        if private and not key.has_private:
+            raise ConfigError(f"{path}: is a public key; a private one is needed to decrypt")
+        key.get_op_key("unwrapKey" if private else "wrapKey")  # a JWK may be for signing only, or wrong
     except (JWException, ValueError, TypeError) as error:  # cryptography says TypeError of passwords
         raise ConfigError(f"{path}: not a usable key: {error}") from None
-    if key["kty"] not in ("RSA", "EC"):
-        raise ConfigError(f"{path}: is a key of type {key['kty']}, not of RSA or an elliptic curve")
     return key
 
 

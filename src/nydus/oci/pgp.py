@@ -154,7 +154,7 @@ def _words(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _end_agent(home: str) -> None:
-    """Ends the agent that gpg starts for a folder of keys, and removes its sockets."""
+    """Ends the agent, and whatever else gpg starts for a folder of keys, and removes its sockets."""
     if program := shutil.which("gpgconf"):
-        for arguments in (("--kill", "gpg-agent"), ("--remove-socketdir",)):
+        for arguments in (("--kill", "all"), ("--remove-socketdir",)):
             subprocess.run([program, "--homedir", home, *arguments], capture_output=True)
