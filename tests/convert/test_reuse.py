@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from images import place
 from nydus.convert.check import check
 from nydus.convert.image import image
 from nydus.convert.options import ConvertOptions
+from nydus.convert.reuse import note
 from nydus.errors import NydusError
 from nydus.oci import model
 
@@ -211,3 +213,13 @@ def test_a_cached_image_is_not_used_with_other_blobs_than_it_was_made_of(
         target = place(f"{other.host}/small:n")
         image(place(source), target, cache=BuildCache(cache))
         check(target, place(source), None, tmp_path)
+
+
+def test_a_record_keeps_what_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nydus.convert.reuse._MOST", 8)
+    for number in range(20):
+        note(tmp_path, str(number), b"")
+        os.utime(tmp_path / str(number), (number, number))
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {str(each) for each in range(number + 1 - len(names), number + 1)}
+        assert min(number + 1, 4) <= len(names) <= 8

@@ -107,3 +107,31 @@ def test_so_is_one_that_the_command_forked(
     assert "Traceback" not in "".join(lines)
     check_all_end(killed)
     assert not any(path.startswith("/v2/small/manifests") for path in server.paths("PUT"))
+
+
+def test_a_signal_in_between_does_not_end_the_fork_as_the_command() -> None:
+    """What the command would do then, as removing its files, is not for the other process to do."""
+    code = """
+import os, signal, time
+from nydus.convert.workers import Workers
+
+def fork(real=os.fork, forks=[]):
+    pid = real()
+    if not pid and not forks:
+        os.kill(os.getpid(), signal.SIGHUP)
+    forks.append(pid)
+    return pid
+
+def end(*_):
+    raise KeyboardInterrupt
+
+os.fork, command = fork, os.getpid()
+signal.signal(signal.SIGHUP, end)
+try:
+    with Workers(1, fork=True):
+        time.sleep(0.5)
+finally:
+    print("command" if os.getpid() == command else "fork")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "command\n" and not done.stderr

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 #: Changes whenever the builder gives other bytes for the same options.
 _FORMAT = 2
+#: Files in one folder; beyond, the older half goes.
 _MOST = 4096
 #: Of the tables of a layer, as they are stored, that are read at once.
 _MAX_TABLES = 64 << 20
@@ -158,7 +159,7 @@ class ReversedLayers:
 
 
 def note(folder: Path, name: str, data: bytes) -> None:
-    """Writes a small file into a folder that keeps the newest ones only. It is a help: errors are ignored."""
+    """Writes a small file into a folder that keeps newer ones only. It is a help: errors are ignored."""
     import tempfile
 
     try:
@@ -166,9 +167,11 @@ def note(folder: Path, name: str, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
             file.write(data)
         Path(file.name).replace(folder / name)
-        entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for entry in entries[:-_MOST]:
-            entry.unlink(missing_ok=True)
+        entries = list(folder.iterdir())
+        if len(entries) > _MOST:
+            entries.sort(key=lambda path: path.stat().st_mtime)
+            for entry in entries[: -_MOST // 2]:
+                entry.unlink(missing_ok=True)
     except OSError:
         pass
 

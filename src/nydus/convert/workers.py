@@ -207,6 +207,7 @@ def _fork_forker(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> int:
             return pid
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
