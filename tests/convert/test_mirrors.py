@@ -158,14 +158,11 @@ def test_a_daemon_shows_mirrors_nothing_that_is_not_for_them(
     (tmp_path / "config.json").write_text(json.dumps({"auths": sign_in}))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     mirrors = tuple(Host(f"https://{name}") for name in ("same.io", "other.io", "none.io"))
-    careless = Host("https://same.io", skip_verify=True)
 
     def told(name: str, server: Host | None = None) -> tuple[str, str, list[str], bool]:
         place = registry_place(parse(f"{name}/small:1"))
         config = registry_backend(
-            MirroredPlace(
-                place.reference, credentials=place.credentials, mirrors=(*mirrors, careless), server=server
-            )
+            MirroredPlace(place.reference, credentials=place.credentials, mirrors=mirrors, server=server)
         )["config"]
         word = b64decode(config.get("auth", "")).decode()
         return config["host"], word, [each["host"] for each in config["mirrors"]], config["skip_verify"]
@@ -176,9 +173,10 @@ def test_a_daemon_shows_mirrors_nothing_that_is_not_for_them(
     assert told("private.io", Host("https://other.io")) == ("other.io", "u:2", ["https://other.io"], False)
     assert told("private.io", Host("https://none.io")) == ("none.io", "", every, False)
     unusable = (Host("https://none.io", client=(("a", "b"),)), Host("https://none.io", proxy="http://p:1"))
-    place = MirroredPlace(parse("public.io/a:1"), mirrors=(*unusable, Host("https://h", "/v2/a")))
-    (mirror,) = registry_backend(place)["config"]["mirrors"]
-    assert mirror == {"host": "https://h/v2/a", "namespace": "public.io", "headers": {}}
+    careless = Host("https://h", "/v2/a", skip_verify=True)
+    config = registry_backend(MirroredPlace(parse("public.io/a:1"), mirrors=(*unusable, careless)))["config"]
+    expected = {"host": "https://h/v2/a", "namespace": "public.io", "skip_verify": True, "headers": {}}
+    assert config["mirrors"] == [expected] and config["skip_verify"] is False
     server = Host("https://s.io", ca=("ca.pem",), skip_verify=True, proxy="http://p:1")
     config = registry_backend(MirroredPlace(parse("public.io/a:1"), server=server))["config"]
     assert (config["host"], config["skip_verify"], config["ca_cert_files"]) == ("s.io", True, ["ca.pem"])

@@ -118,6 +118,20 @@ def test_what_is_not_known_is_told(tmp_path: Path) -> None:
     assert all("hosts.toml" in line for line in unused) and 'host."https://m"' in unused[0]
 
 
+def test_numbers_have_a_measure(tmp_path: Path) -> None:
+    (found,) = load(written(tmp_path, '[host."https://m"]\ndial_timeout = "99999999h"\n'), "x.io").mirrors
+    assert found.connect_timeout == 86400, "more than a socket takes"
+    for wrong in ("inf", "nan", "-1"):
+        with pytest.raises(ConfigError, match="health_check_interval"):
+            load(written(tmp_path, f'[host."https://m"]\nhealth_check_interval = {wrong}\n'), "x.io")
+
+
+def test_a_password_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must not have a user") as caught:
+        load(written(tmp_path, '[host."https://me:secret@m"]\n'), "x.io")
+    assert "secret" not in str(caught.value) and "https://m" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import socket
@@ -23,6 +24,7 @@ from urllib3.util.ssltransport import SSLTransport
 from nydus.errors import BackendError
 from nydus.oci import connections, model
 from nydus.oci.registry import Registry
+from nydus.storage import backends
 
 
 def certificate(folder: Path, address: str) -> Path:
@@ -101,3 +103,21 @@ def test_an_interruption_cuts_tls_inside_of_the_tls_to_a_proxy(monkeypatch: pyte
         pools["https"].ConnectionCls("localhost").connect()
         connections.interrupt()
         assert theirs.recv(1) == b""
+
+
+def test_care_that_is_not_taken_with_a_mirror_is_taken_with_the_registry(
+    secure: tuple[FaultyRegistry, Path],
+) -> None:
+    server, _ = secure
+    with Registry(server.host, skip_verify=True, policy=QUICK) as registry:
+        digest = registry.repository("a").put_blob(b"some bytes", model.OCI_LAYER).digest
+
+    def read(host: str, mirror: str) -> bytes:
+        mirrors = [{"host": f"https://{mirror}", "skip_verify": True}]
+        config = {"host": host, "repo": "a", "mirrors": mirrors}
+        with contextlib.closing(backends.create("registry", config)) as backend:
+            return backend.read(digest.removeprefix("sha256:"), 5, 5)
+
+    assert read("127.0.0.1:1", server.host) == b"bytes"
+    with pytest.raises(BackendError, match="certificate is not trusted"):
+        read(server.host, "127.0.0.1:1")

@@ -172,6 +172,28 @@ colour = "red"
             template.fill("/", parse(f"{number}.com/a:1"), {})
 
 
+def test_what_is_said_of_a_mirror_is_not_for_the_registry(tmp_path: Path) -> None:
+    text = 'server = "https://cache.lan"\n[host."https://mirror.lan"]\nskip_verify = true\n'
+    hosts(tmp_path / "h", "reg.lan:5000", f'{text}[host."http://reg.lan:5000"]\nskip_verify = true\n')
+    template = Template(None, tmp_path, tmp_path / "h")
+    config = template.fill("/", parse("reg.lan:5000/a"), {})["device"]["backend"]["config"]
+    assert (config["scheme"], config["host"], config.get("skip_verify")) == ("https", "cache.lan", None)
+    assert [(each["host"], each["namespace"], each["skip_verify"]) for each in config["mirrors"]] == [
+        ("https://mirror.lan", "reg.lan:5000", True),
+        ("http://reg.lan:5000", "", True),
+    ]
+
+
+def test_what_is_shown_has_no_sign_in_data_of_hosts(tmp_path: Path) -> None:
+    text = 'proxy = "http://me:swordfish@proxy:1"\n[host."https://mirror.lan".header]\n'
+    hosts(tmp_path / "h", "reg.lan", f'{text}AUTHORIZATION = "Basic swordfish"\nX-One = "1"\n')
+    document = Template(None, tmp_path, tmp_path / "h").fill("/", parse("reg.lan/a"), {})
+    shown = without_secrets(document)
+    assert "swordfish" not in str(shown) and "swordfish" in str(document)
+    config = shown["device"]["backend"]["config"]
+    assert (config["proxy"]["url"], config["mirrors"][0]["headers"]) == ("http://proxy:1", {"X-One": "1"})
+
+
 def test_docker_hub_and_default_directories(tmp_path: Path) -> None:
     hosts(tmp_path, "index.docker.io", '[host."http://hub"]')
     hosts(tmp_path, "_default", '[host."http://any"]')

@@ -69,15 +69,19 @@ def registry_backend(place: RegistryPlace) -> dict[str, Any]:
 def _add_mirrors(config: dict[str, Any], place: MirroredPlace, mine: Credentials | None) -> None:
     """Has the daemon read where we do.
 
-    It shows all hosts the same sign-in data and verifies their certificates in the same way, so that mirrors
-    for which these are not meant, or that want more, are left out; what they have is in the registry, too.
+    It shows all hosts the same sign-in data, so that mirrors for which these are not meant, or that want
+    more, are left out; what they have is in the registry, too.
     """
-    trusting = config["skip_verify"]
-    mirrors = [host for host in place.mirrors if host.for_mirror and (trusting or not host.skip_verify)]
+    mirrors = [host for host in place.mirrors if host.for_mirror]
     if mine:
         mirrors = [host for host in mirrors if place.credentials_of(host) == mine]
     config["mirrors"] = [
-        {"host": host.address, "namespace": place.namespace_of(host), "headers": dict(host.headers)}
+        {
+            "host": host.address,
+            "namespace": place.namespace_of(host),
+            "skip_verify": host.skip_verify,
+            "headers": dict(host.headers),
+        }
         for host in mirrors
     ]
     for host in mirrors:

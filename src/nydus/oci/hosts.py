@@ -10,13 +10,14 @@ import posixpath
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from nydus.durations import duration
 from nydus.errors import ConfigError
+from nydus.oci.auth import shown
 from nydus.oci.certificates import certificates_in
 
 _HUB = "index.docker.io"
@@ -24,6 +25,7 @@ _CAPABILITIES = frozenset({"pull", "resolve", "push"})
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE = re.compile(r"[\t -~]*")
 _URL = re.compile(r"[!-~]+")
+_LONGEST = 86400.0  # a socket cannot wait for any number of seconds
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -50,7 +52,7 @@ class Host(msgspec.Struct, frozen=True):
     proxy: str = ""
     connect_timeout: float = 5.0
     ping_url: str = ""
-    health_check_interval: float = 5
+    health_check_interval: Annotated[float, msgspec.Meta(ge=0, le=_LONGEST)] = 5
     failure_limit: int = 5
 
     @property
@@ -147,7 +149,7 @@ def _read(path: Path) -> Hosts:
 
 def _host(path: Path, url: str, table: object, unused: list[str]) -> Host | None:
     """A ``[host."URL"]`` table, or the top of the file; None if nothing can be read there."""
-    where = f'{path}: host."{url}"' if url else str(path)
+    where = f'{path}: host."{shown(url)}"' if url else str(path)
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: is not a table")
     try:
@@ -170,7 +172,7 @@ def _host(path: Path, url: str, table: object, unused: list[str]) -> Host | None
         if not all(_NAME.fullmatch(name) and _VALUE.fullmatch(value) for name, value in found["headers"]):
             raise ConfigError("header: is not one that can be sent")
         if timeout and (seconds := duration(timeout)):
-            found["connect_timeout"] = seconds
+            found["connect_timeout"] = min(seconds, _LONGEST)
         if proxy:
             found["proxy"] = _proxy(proxy)
         found["url"], found["path"] = _address(url, override) if url else ("", "/v2")

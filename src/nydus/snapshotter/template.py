@@ -22,6 +22,7 @@ from nydus.snapshotter import labels as label
 log = logging.getLogger(__name__)
 
 SECRET_KEYS = ("auth", "registry_token", "access_key_id", "access_key_secret")
+_SIGN_IN = ("authorization", "proxy-authorization", "cookie")
 
 _DEFAULT: dict[str, Any] = {
     "device": {"backend": {"type": "registry", "config": {}}, "cache": {"type": "blobcache"}},
@@ -100,9 +101,9 @@ class Template:
             log.warning("%s", text)
         authorities: list[str] = list(config.get("ca_cert_files") or [])
 
-        def trust(place: hosts.Host) -> None:
+        def trust(place: hosts.Host, *, itself: bool = True) -> None:
             authorities.extend(path for path in place.ca if path not in authorities)
-            if place.skip_verify:
+            if itself and place.skip_verify:
                 config["skip_verify"] = True
 
         if server := found.server:
@@ -117,16 +118,17 @@ class Template:
             trust(server)
         others = []
         for mirror in found.mirrors:
-            if mirror.name == host and mirror.for_origin and not mirror.proxy:
-                # Not another place but how the registry itself is reached.
+            if mirror.name == config["host"] and mirror.for_origin and not mirror.proxy:
+                # Not another place but how the registry itself, or what takes its place, is reached.
                 trust(mirror)
                 config["scheme"] = mirror.scheme
             elif mirror.for_mirror:
-                trust(mirror)
+                trust(mirror, itself=False)
                 others.append(
                     {
                         "host": mirror.address,
                         "namespace": "" if mirror.name == host else reference.host,
+                        "skip_verify": mirror.skip_verify,
                         "headers": dict(mirror.headers),
                         "ping_url": mirror.ping_url,
                         "health_check_interval": mirror.health_check_interval,
@@ -162,8 +164,15 @@ def write(path: Path, document: dict[str, Any]) -> None:
 def without_secrets(document: dict[str, Any]) -> dict[str, Any]:
     """A copy that may be shown."""
     document = copy.deepcopy(document)
+    config = document["device"]["backend"].get("config") or {}
     for key in SECRET_KEYS:
-        (document["device"]["backend"].get("config") or {}).pop(key, None)
+        config.pop(key, None)
+    if isinstance(proxy := config.get("proxy"), dict) and "url" in proxy:
+        scheme, mark, rest = str(proxy["url"]).rpartition("://")
+        proxy["url"] = f"{scheme}{mark}{rest.rpartition('@')[2]}"
+    for mirror in config.get("mirrors") or []:
+        headers = mirror.get("headers") or {}
+        mirror["headers"] = {name: headers[name] for name in headers if name.lower() not in _SIGN_IN}
     return document
 
 

@@ -34,11 +34,13 @@ class ProxyConfig(msgspec.Struct):
 class MirrorConfig(msgspec.Struct):
     """Another host, tried before the origin; the path of its address, if any, takes the place of ``/v2``.
 
-    ``namespace`` is the registry that it stands for, which it is then told (``?ns=``).
+    ``namespace`` is the registry that it stands for, which it is then told (``?ns=``). ``skip_verify`` is for
+    it alone.
     """
 
     host: str
     namespace: str = ""
+    skip_verify: bool = False
     headers: dict[str, str] = {}
     auth_through: bool = False
     ping_url: str = ""

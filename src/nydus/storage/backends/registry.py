@@ -110,11 +110,12 @@ class RegistryBackend(MeteredBackend):
             headers: dict[str, str] | None = None,
             root: str = "/v2",
             namespace: str = "",
+            skip_verify: bool = False,
         ) -> Callable[[], Registry]:
             return lambda: Registry(
                 host,
                 plain_http=plain_http,
-                skip_verify=config.skip_verify,
+                skip_verify=config.skip_verify or skip_verify,
                 ca_certs=config.ca_cert_files,
                 credentials=credentials,
                 policy=policy,
@@ -144,7 +145,12 @@ class RegistryBackend(MeteredBackend):
                 _Way(
                     f"mirror {_shown(mirror.host)}",
                     registry(
-                        host, mirror_plain, headers=mirror.headers, root=root, namespace=mirror.namespace
+                        host,
+                        mirror_plain,
+                        headers=mirror.headers,
+                        root=root,
+                        namespace=mirror.namespace,
+                        skip_verify=mirror.skip_verify,
                     ),
                     config.repo,
                     mirror.health_check_interval,
