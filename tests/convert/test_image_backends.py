@@ -58,9 +58,10 @@ def test_all_commands(
 ) -> None:
     target = f"{server.host}/small:stored"
 
-    def run(*arguments: str) -> None:
+    def run(*arguments: str) -> str:
         done = nydusify(*arguments, "--plain-http")
         assert done.returncode == 0, done.stderr
+        return done.stderr
 
     run("convert", "--source", source, "--target", target, *options(backend))
     manifest = load(of(target).open(), "stored")
@@ -93,7 +94,9 @@ def test_all_commands(
     assert done.returncode == 1 and "say which with --source-backend-type" in done.stderr
 
     back = f"{server.host}/back:oci"
-    run("convert", "--reverse", "--source", target, "--target", back, *options(backend))
+    told = run("convert", "--reverse", "--source", target, "--target", back, *options(backend))
+    assert "converted layer 1/1: " in told and "converted 1 layer, " in told
+    assert ": 0 B to" not in told and 'layer=""' not in told
     run("check", "--source", back, "--target", copied, "--no-mount")
 
 
@@ -108,6 +111,18 @@ def test_a_mount_reads_the_bucket(
     done = nydusify("check", *common, *options(stored, "target-"))
     assert done.returncode == 0, done.stderr
     assert "verified image" in done.stderr
+
+
+@pytest.mark.root
+def test_a_mount_needs_to_know_the_backend(
+    nydusify: Nydusify, server: FaultyRegistry, source: str, tmp_path: Path
+) -> None:
+    target = f"{server.host}/small:stored"
+    stored = options(("localfs", json.dumps({"dir": str(tmp_path / "blobs")})))
+    done = nydusify("convert", "--source", source, "--target", target, "--plain-http", *stored)
+    assert done.returncode == 0, done.stderr
+    message = one_fatal_line(nydusify("mount", "--target", target, "--plain-http"))
+    assert message == f"{target}: its blobs are in a storage backend; say which with --backend-type"
 
 
 @pytest.mark.root

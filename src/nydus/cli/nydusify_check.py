@@ -19,7 +19,7 @@ from nydus.cli.gostyle import (
     tell_environment,
     tell_unused,
 )
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log, count, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.errors import ConfigError, NydusError
 
@@ -157,8 +157,8 @@ def check(ctx: click.Context, /, **values: Any) -> None:
         size = human(counts.get("blob bytes", 0))
         same = f"; the same as {report.source}" if report.source else ""
         log.result(
-            f"verified {counts.get('manifest', 0)} layers, {counts.get('blobs', 0)} blobs ({size}), "
-            f"{counts.get('files', 0)} files{same}",
+            f"verified {count(counts.get('manifest', 0), 'layer')}, {count(counts.get('blobs', 0), 'blob')} "
+            f"({size}), {count(counts.get('files', 0), 'file')}{same}",
             document,
         )
     except NydusError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from nydus.cli.gostyle import GoCommand, byte_size, option, reporting, tell_environment
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log, count, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
@@ -95,7 +95,7 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         else:
             copied = copy_image(source, target, progress, chosen)
     log.result(
-        f"copied {copied.blobs} blobs, sent {human(copied.sent)}"
+        f"copied {count(copied.blobs, 'blob')}, sent {human(copied.sent)}"
         + (f", {human(copied.present)} were there" if copied.present else ""),
         {
             "target": where,

@@ -10,7 +10,7 @@ import click
 
 from nydus.cli.gostyle import GoCommand, option, reporting
 from nydus.cli.gostyle import decryption_key as key_option
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log, count, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _show(found: Info) -> None:
         ("Digest", found.digest),
         ("Platform", found.platform),
         ("Kind", _KINDS[found.kind]),
-        ("Size", f"{human(found.size)} in {len(found.layers)} layers" + _elsewhere(found)),
+        ("Size", f"{human(found.size)} in {count(len(found.layers), 'layer')}" + _elsewhere(found)),
     ]
     if found.encrypted and not found.fs_version:
         rows.append(("RAFS", "encrypted; --decryption-key shows what is in it"))

@@ -55,6 +55,7 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     configuration, API socket (nydus_api.sock) and cache of the daemon. An image in an archive or in
     containerd is unpacked there first.
     """
+    from nydus import rafs
     from nydus.cli.nydusify_places import backend_config, one_platform, source_place
     from nydus.convert.backend import backend_place
     from nydus.convert.documents import BOOTSTRAP, read_bootstrap_layer
@@ -87,6 +88,8 @@ def mount(ctx: click.Context, /, **values: Any) -> None:
     where = f"{place}: bootstrap layer"
     layer = image.manifest.layers[-1]
     files, _ = read_bootstrap_layer(reader, layer, where, keys)
+    if len(image.manifest.layers) == 1 and not found and rafs.read(files[BOOTSTRAP], where).blobs:
+        raise ConfigError(f"{place}: its blobs are in a storage backend; say which with --backend-type")
     documents = {
         "nydus_manifest.json": image.raw_manifest,
         "nydus_config.json": image.raw_config,

@@ -16,7 +16,7 @@ from nydus.cli.gostyle import (
     reporting,
     tell_environment,
 )
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log, count, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
 from nydus.cli.nydusify_targets import TARGET, TARGET_ARCHIVE
 from nydus.errors import ConfigError
@@ -114,8 +114,8 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     if len(made.missing) > _TOLD:
         log.warning(f"and {len(made.missing) - _TOLD} more are not")
     log.result(
-        f"{made.files} files, {made.chunks} chunks, {human(made.size)} in the new blob {made.blob[:12]}; "
-        f"copied {human(made.sent)} of the others",
+        f"{count(made.files, 'file')}, {count(made.chunks, 'chunk')}, {human(made.size)} "
+        f"in the new blob {made.blob[:12]}; copied {human(made.sent)} of the others",
         {
             "target": where,
             "digest": made.descriptor.digest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nydus.cli.logs import Log, human
+from nydus.cli.logs import Log, count, human
 
 if TYPE_CHECKING:
     from nydus.convert.image import Result
@@ -19,7 +19,9 @@ def tell(log: Log, result: Result, where: str) -> None:
     """Says what came of a conversion: one line, and JSON where that is wanted."""
     seconds = result.pull_seconds + result.convert_seconds + result.push_seconds
     reused = sum(layer.reused for layer in result.layers)
-    text = f"converted {len(result.layers)} layers" + (f" ({reused} of them before)" if reused else "")
+    text = f"converted {count(len(result.layers), 'layer')}"
+    if reused:
+        text += f" ({reused} of them before)"
     sizes = result.sizes
     text += f", {human(sizes.source)} to {human(sizes.target)}"
     parts = (("layers of the source", sizes.kept), ("in the storage backend", sizes.backend))
@@ -27,7 +29,7 @@ def tell(log: Log, result: Result, where: str) -> None:
         text += f" ({named})"
     text += f", in {seconds:.1f} s"
     if result.duplicates:
-        text += f"; {result.duplicates} chunks did not have to be stored again"
+        text += f"; {count(result.duplicates, 'chunk')} did not have to be stored again"
     if start := sizes.start:
         share = f"{100 * start.size / start.image:.3g} %"
         text += f"; containers start after {human(start.size)}, {share} of the Nydus image"

@@ -79,10 +79,13 @@ class Lines:
         if layer.state == "done":
             done = sum(other.state == "done" for other in layers)
             word = verb.kept if layer.reused else verb.done
-            became = f" to {human(layer.built)}" if layer.built != layer.size else ""
-            size = f"{human(layer.size)}{became}"
+            sizes = [layer.size] if layer.digest else []  # none where it is made of a whole image
+            if layer.built != layer.size:
+                sizes.append(layer.built)
+            size = " to ".join(map(human, sizes))
+            fields = {"layer": layer.digest} if layer.digest else {}
             text = f"{word} layer {done}/{len(layers)}: {size} , elapse {now - started:.3f}s"
-            self._log.info(text, layer=layer.digest)
+            self._log.info(text, **fields)
             self._told = now
         elif now - self._told > _LINE_SECONDS:
             self._told = now

@@ -166,7 +166,7 @@ def decrypt(data: bytes, annotations: Mapping[str, str], keys: Sequence[PrivateK
         FormatError: the annotations or the bytes are damaged.
     """
     if not keys:
-        raise ConfigError(f"{where}: is encrypted, and no private key was given")
+        raise ConfigError(f"{where}: is encrypted, and no private key was given (--decryption-key)")
     wrapped = [
         (kind, text) for kind in _WRAP for text in annotations.get(_KEYS + kind, "").split(",") if text
     ]
