@@ -54,6 +54,23 @@ def test_damage_in_a_layout_is_found(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "blobs").iterdir()] == ["sha256"]
 
 
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Such as those of another user; a folder is one that nobody can read, not even root."""
+    layout = Layout(tmp_path).create()
+    manifest, _ = fill(layout)
+    layer = manifest.layers[0]
+    stream = layout.blob(layer.digest)
+    path = tmp_path / "blobs" / layer.digest.replace(":", "/")
+    path.unlink()
+    with pytest.raises(BackendError, match=f"no blob {layer.digest}"):
+        stream.read()
+    path.mkdir()
+    for read in (lambda: layout.blob(layer.digest).read(), lambda: layout.read_range(layer.digest, 0, 1)):
+        with pytest.raises(BackendError, match=f"{path}: Is a directory") as caught:
+            read()
+        assert caught.value.status != 404
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
 def test_archives(tmp_path: Path, pack: object) -> None:
     layout = Layout(tmp_path / "l").create()

@@ -28,7 +28,11 @@ LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 
 class Files(Protocol):
-    """Named read-only files: a directory or an archive."""
+    """Named read-only files: a directory or an archive.
+
+    Raises:
+        BackendError: a file that is there cannot be read.
+    """
 
     name: str
 
@@ -51,14 +55,14 @@ class Directory:
         try:
             return (self.root / path).stat().st_size
         except OSError as error:
-            raise KeyError(path) from error
+            raise _missing(error, self.root / path) from error
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         try:
             with open(self.root / path, "rb") as file:
                 return os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise KeyError(path) from error
+            raise _missing(error, self.root / path) from error
 
 
 class FileStream(io.RawIOBase):
@@ -89,7 +93,11 @@ class FileStream(io.RawIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
-        data = self._files.read(blob_path(self._digest), self.position, size)
+        try:
+            data = self._files.read(blob_path(self._digest), self.position, size)
+        except KeyError:  # removed since it was opened
+            what = f"{self._files.name}: no blob {self._digest}"
+            raise BackendError(what, permanent=True, status=404) from None
         self._hash.update(data)
         self.position += len(data)
         if not data and size:
@@ -362,6 +370,12 @@ def blob_path(digest: str) -> str:
     if not DIGEST.fullmatch(digest):
         raise BackendError(f"{digest[:80]!r} is not the digest of a blob", permanent=True, status=404)
     return f"blobs/{digest.replace(':', '/')}"
+
+
+def _missing(error: OSError, path: Path) -> Exception:
+    """What a file that cannot be read is: not there, or there."""
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return KeyError(str(path)) if absent else _disk(error, path)
 
 
 def _disk(error: OSError, root: Path) -> BackendError:
