@@ -223,3 +223,23 @@ def test_a_record_keeps_what_is_newer(tmp_path: Path, monkeypatch: pytest.Monkey
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {str(each) for each in range(number + 1 - len(names), number + 1)}
         assert min(number + 1, 4) <= len(names) <= 8
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"toc": "zz"}, {"toc": "00"}, {"implied": ["/\u0416"]}, {"toc_size": -1}, {"diff_id": "x"}]
+)
+def test_a_build_cache_with_nonsense(server: FaultyRegistry, source: str, wrong: dict[str, object]) -> None:
+    from nydus.convert.cache import ENTRY, BuildCache
+
+    cache = place(f"{server.host}/cache:c")
+    first = image(place(source), place(f"{server.host}/small:n"), cache=BuildCache(cache))
+    descriptor, data = cache.open().manifest("c")
+    document = json.loads(data)
+    of_image = "diff_id" in wrong
+    document["layers"] = document["layers"] if of_image else document["layers"][:3]
+    for record in document["layers"][3:] if of_image else document["layers"]:
+        record["annotations"][ENTRY] = json.dumps({**json.loads(record["annotations"][ENTRY]), **wrong})
+    cache.open_sink().put_manifest("c", json.dumps(document).encode(), descriptor.media_type)
+    again = image(place(source), place(f"{server.host}/other:n"), cache=BuildCache(cache))
+    assert again.descriptor.digest == first.descriptor.digest
+    assert [layer.reused for layer in again.layers] == [of_image] * 3

@@ -13,7 +13,7 @@ import msgspec
 from nydus.convert.copy import copy_blob
 from nydus.convert.finished import Finished, Stored, chain
 from nydus.convert.progress import LayerProgress
-from nydus.convert.reuse import Known
+from nydus.convert.reuse import Hex, Known, Latin1
 from nydus.convert.select import Image
 from nydus.errors import BackendError, NydusError
 from nydus.oci import model
@@ -37,12 +37,12 @@ class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     key: str
-    bootstrap: str = ""
-    toc: str = ""
-    toc_size: int = 0
-    implied: tuple[str, ...] = ()
+    bootstrap: Hex = ""
+    toc: Hex = ""
+    toc_size: model.Size = 0
+    implied: tuple[Latin1, ...] = ()
     reference: str = ""
-    diff_id: str = ""
+    diff_id: model.Digest | None = None
     blobs: str = ""
 
 
@@ -116,7 +116,9 @@ class BuildCache:
         layers = [self._layers.get(layer.digest) for layer in image.manifest.layers]
         blobs = tuple(Stored(known.digest, known.size, known.reference) for known in layers if known)
         # The blob of a layer that was converted again may be another one: of another version of a codec.
-        if bootstrap is None or entry is None or len(blobs) < len(layers) or entry.blobs != chain(blobs):
+        if bootstrap is None or entry is None or entry.diff_id is None:
+            return None
+        if len(blobs) < len(layers) or entry.blobs != chain(blobs):
             return None
         return Finished(
             source=source,

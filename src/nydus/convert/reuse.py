@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -33,6 +33,11 @@ _MOST = 4096
 #: Of the tables of a layer, as they are stored, that are read at once.
 _MAX_TABLES = 64 << 20
 
+#: A sha256 (hex), or "" for none.
+Hex = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+#: The bytes of a path as Latin-1.
+Latin1 = Annotated[str, msgspec.Meta(pattern="^[\\x00-\\xff]*$")]
+
 
 class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A converted layer.
@@ -44,19 +49,18 @@ class Known(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         repository: ``host/name`` where it was stored last.
         source: digest of the layer it was made of.
         reference: digest of the layer that holds its data (oci-ref), else "".
-        implied: directories that the layer only implies, which its bootstrap does not tell; as Latin-1, so
-            that any bytes can be written.
+        implied: directories that the layer only implies, which its bootstrap does not tell.
     """
 
     digest: model.Digest
     size: model.Size
-    bootstrap: str
-    toc: str = ""
-    toc_size: int = 0
+    bootstrap: Hex
+    toc: Hex = ""
+    toc_size: model.Size = 0
     repository: str = ""
     source: str = ""
     reference: str = ""
-    implied: tuple[str, ...] = ()
+    implied: tuple[Latin1, ...] = ()
 
 
 def options_key(options: ConvertOptions, dictionary: str = "") -> str:
