@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from documents import load
 from faulty import FaultyRegistry
-from nydusify_command import Nydusify
+from nydusify_command import Nydusify, one_fatal_line
 from tools import mounted
 
 from nydus.oci import model
