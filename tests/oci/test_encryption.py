@@ -291,6 +291,14 @@ def test_nothing_of_a_file_of_keys_stays(home: str, tmp_path: Path, monkeypatch:
         assert f"--homedir {folder}" not in found
 
 
+@needs_gpg
+def test_no_place_for_a_file_of_keys(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, key = sealed("pgp:dora@one.example"), exported(tmp_path / "dora", "dora@one.example")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="dora: no temporary folder for gpg: No such file"):
+        opened(layer, key)
+
+
 def test_without_gpg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="install GnuPG"):

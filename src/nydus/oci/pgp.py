@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from nydus.errors import ConfigError
@@ -99,7 +99,10 @@ class SecretKeys:
         with ExitStack() as stack:
             home = ""
             if self.exported is not None:
-                home = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpg-"))
+                try:
+                    home = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpg-"))
+                except OSError as error:
+                    raise ConfigError(f"{self.name}: no temporary folder for gpg: {error.strerror}") from None
                 stack.callback(_end_agent, home)
                 done = _gpg("--import", data=self.exported, home=home)
                 if done.returncode:
@@ -157,4 +160,5 @@ def _end_agent(home: str) -> None:
     """Ends the agent, and whatever else gpg starts for a folder of keys, and removes its sockets."""
     if program := shutil.which("gpgconf"):
         for arguments in (("--kill", "all"), ("--remove-socketdir",)):
-            subprocess.run([program, "--homedir", home, *arguments], capture_output=True)
+            with suppress(OSError):
+                subprocess.run([program, "--homedir", home, *arguments], capture_output=True)
