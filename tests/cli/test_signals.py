@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -77,13 +78,14 @@ def test_no_daemon_is_left(vectors: Path, tmp_path: Path, number: signal.Signals
     daemon.chmod(0o755)
     process = _start(
         "nydusify", "check", "--target-archive", vectors / "oci/v6-zstd.tar", "--source-archive",
-        vectors / "oci/source.tar", "--nydusd", daemon, cwd=tmp_path,
+        vectors / "oci/source.tar", "--nydusd", daemon, "--json", cwd=tmp_path, stdout=subprocess.PIPE,
     )  # fmt: skip
     _await(started.exists)
     os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=15)
+    stdout, stderr = process.communicate(timeout=15)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
-    assert "interrupted" in stderr if number == signal.SIGINT else f"ended by {number.name}" in stderr
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert said in stderr and json.loads(stdout) == {"error": said}
     assert not Path(f"/proc/{started.read_text().strip()}").exists()
     assert not list((tmp_path / "output").glob(".*"))

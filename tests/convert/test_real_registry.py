@@ -40,10 +40,12 @@ def test_basic_sign_in(nydusify: Nydusify, vectors: Path, tmp_path: Path) -> Non
     with registry(tmp_path, auth) as host:
         use(nydusify, host, vectors, log_in(tmp_path, host), "--plain-http")
         info = ("info", f"{host}/team/app:v1", "--plain-http")
-        for env in (log_in(tmp_path, host, "wrong"), {"DOCKER_CONFIG": str(tmp_path / "none")}):
+        envs = {"wrong": log_in(tmp_path, host, "wrong"), "none": {"DOCKER_CONFIG": str(tmp_path / "none")}}
+        for kind, env in envs.items():
             done = nydusify(*info, env=env)
             assert done.returncode == 1 and "401" in done.stderr.splitlines()[-1]
             assert "docker login" in done.stderr and "wrong" not in done.stderr
+            assert ("the sign-in data of 'me' were refused" in done.stderr) == (kind == "wrong")
 
 
 @pytest.mark.parametrize("lifetime", [300, 2])

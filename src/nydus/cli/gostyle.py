@@ -198,16 +198,18 @@ def run(command: click.Command, name: str) -> NoReturn:
     except click.UsageError as error:
         if error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
-        (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).fatal(error.format_message())
+        (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).failed(
+            error.format_message()
+        )
         sys.exit(1)
     except NydusError as error:
         _current(log).failed(str(error))
         sys.exit(1)
     except Ended as ended:
-        _current(log).fatal(ended.text)
+        _current(log).failed(ended.text)
         raise
     except (click.Abort, KeyboardInterrupt):
-        _current(log).fatal("interrupted")
+        _current(log).failed("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -231,7 +233,7 @@ def _end_soon(log: Log) -> None:
         current = _current(log)
         if current.terminal:
             current.stream.write("\x1b[?25h")  # the cursor, which bars hide
-        current.fatal(Ended(number).text)
+        current.failed(Ended(number).text)
         os._exit(128 + number)
 
     threading.Thread(target=watch, name="ending", daemon=True).start()

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TextIO
 
 _LEVELS = {"panic": 0, "fatal": 1, "error": 2, "warn": 3, "warning": 3, "info": 4, "debug": 5, "trace": 6}
@@ -79,7 +80,8 @@ class Log:
         """The same for a command that failed."""
         self.fatal(message)
         if self.as_json:
-            print(json.dumps({"error": message}), flush=True)
+            with suppress(OSError):  # nobody reads it
+                print(json.dumps({"error": message}), flush=True)
 
     def fatal(self, message: str, **fields: object) -> None:
         self._log("fatal", message, fields)

@@ -201,6 +201,8 @@ class Authorizer:
 
     def __init__(self, host: str, credentials: Credentials | None, send: Send, *, allow_http: bool) -> None:
         self._host, self._credentials, self._send, self._allow_http = host, credentials, send, allow_http
+        #: Whose sign-in data are sent, "" without any.
+        self.user = (repr(credentials.username) if credentials.username else "a token") if credentials else ""
         self._challenge: Challenge | None = None
         self._tokens: dict[str, _Token] = {}
         self._lock = threading.Lock()

@@ -341,6 +341,8 @@ class Transport:
         words = error_words(body) or response.reason or ""
         wait = _retry_after(response.headers.get("Retry-After", "")) if status in _TOO_MANY else 0.0
         message = f"{parts.netloc}: {method} {_shorten(parts.path)}: {status} {words}".rstrip()
+        if status == 401 and self._authorizer.user and self.at_home(url):
+            message += f"; the sign-in data of {self._authorizer.user} were refused"
         if hint := _HINTS.get(status, ""):
             message += f"; {hint}"
         if wait > self.policy.total:
