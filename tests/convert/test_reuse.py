@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from documents import load
 from faulty import FaultyRegistry
-from images import place
+from images import place, two_platforms
 
 from nydus.convert.check import check
 from nydus.convert.image import image
@@ -243,3 +243,14 @@ def test_a_build_cache_with_nonsense(server: FaultyRegistry, source: str, wrong:
     again = image(place(source), place(f"{server.host}/other:n"), cache=BuildCache(cache))
     assert again.descriptor.digest == first.descriptor.digest
     assert [layer.reused for layer in again.layers] == [of_image] * 3
+
+
+def test_a_build_cache_has_an_image_of_two_platforms_once(server: FaultyRegistry, source: str) -> None:
+    """The two differ in their configs alone."""
+    from nydus.convert.cache import BuildCache
+
+    cache, both = place(f"{server.host}/cache:c"), two_platforms(server.host)
+    for target in ("small:one", "small:two"):
+        result = image(both, place(f"{server.host}/{target}"), platforms=None, cache=BuildCache(cache))
+    assert all(layer.reused for layer in result.layers)
+    assert len(load(cache.open(), "c")["layers"]) == 4

@@ -157,7 +157,7 @@ class BuildCache:
                 image.source,
                 _Entry(self._key, diff_id=image.diff_id, blobs=chain(image.blobs)),
             )
-            for image in images
+            for image in {image.source: image for image in images}.values()  # of platforms alike
         ]
         added = [record for record in added if len(record.annotations[ENTRY]) <= _MAX_ENTRY]
         if tuple(added) == self._records[: len(added)]:
