@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from objectstore_server import ObjectStoreServer
+from storage_blobs import cache_of, make_blob, read
 
 from nydus.errors import BackendError, ConfigError
 from nydus.oci.registry import Registry
@@ -389,6 +390,31 @@ def test_mirrors_are_tried_in_order(peer: Peer, proxy: Peer, caplog: pytest.LogC
         assert backend.read(ID, 0, 10) == DATA[:10]
         assert len(peer.requests) == 1
         assert "X-Origin" not in peer.requests[0][2]
+
+
+def test_wrong_bytes_of_a_mirror_are_asked_for_elsewhere(
+    peer: Peer, proxy: Peer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blob = make_blob([4096, 70000, 5])
+
+    def answer(change: int) -> Callable[[BaseHTTPRequestHandler], None]:
+        stored = bytes(byte ^ change for byte in blob.stored)
+
+        def reply(handler: BaseHTTPRequestHandler) -> None:
+            first, last = (int(x) for x in handler.headers["Range"].removeprefix("bytes=").split("-"))
+            where = f"bytes {first}-{last}/{len(stored)}"
+            send(handler, 206, stored[first : last + 1], Content_Range=where)
+
+        return reply
+
+    peer.answer, proxy.answer = answer(0), answer(1)
+    config = config_of(peer, mirrors=[{"host": f"http://{proxy.host}"}])
+    with closing(backends.create("registry", config)) as backend:
+        cache = cache_of(tmp_path, blob, backend)
+        assert read(cache, 0, cache.length) == blob.image
+        cache.close()
+    assert len(proxy.requests) == 1 and peer.requests
+    assert caplog.text.count("wrong bytes came") == 1
 
 
 @pytest.mark.parametrize(

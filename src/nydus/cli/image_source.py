@@ -65,6 +65,9 @@ class Sources:
     def size(self, blob_id: str) -> int:
         return self._home(blob_id).size(blob_id)
 
+    def doubt(self, blob_id: str) -> None:
+        self._home(blob_id).doubt(blob_id)
+
     def close(self) -> None:
         for backend in self._backends:
             backend.close()

@@ -102,6 +102,10 @@ class Backend(Protocol):
         """The stored length of a blob in bytes. Raises BackendError as :meth:`read` does."""
         ...
 
+    def doubt(self, blob_id: str) -> None:
+        """Told that wrong bytes of a blob came: another attempt may ask somebody else."""
+        ...
+
     def close(self) -> None:
         """Let go of connections and files. May be called twice; reads after it are errors."""
         ...
@@ -140,6 +144,9 @@ class MeteredBackend(ABC):
 
     @abstractmethod
     def size(self, blob_id: str) -> int: ...
+
+    def doubt(self, blob_id: str) -> None:  # noqa: B027  most have nobody else to ask
+        """See :class:`Backend`."""
 
     @abstractmethod
     def close(self) -> None: ...

@@ -441,7 +441,11 @@ class BlobCache:
         name = self._meta_id or (blob.rafs_digest.hex() if blob.features & BlobFeature.SEPARATE else blob.id)
         inlined = BlobFeature.HAS_TOC | BlobFeature.INLINED_FS_META
         size = self._backend.size(name) if blob.features & inlined == inlined else None
-        return blobmeta.load(blob, lambda at, length: self._backend.read(name, at, length), size=size)
+        try:
+            return blobmeta.load(blob, lambda at, length: self._backend.read(name, at, length), size=size)
+        except FormatError:
+            self._backend.doubt(name)
+            raise
 
     def _repeat(self, get: Callable[[], ChunkMap]) -> ChunkMap:
         started = time.monotonic()

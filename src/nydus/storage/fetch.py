@@ -262,6 +262,8 @@ class Fetcher:
                 decoded += decoder.decode(unit, stored[at : at + int(decoder.size[unit])])
             except FormatError as error:
                 errors[unit] = error
+        if errors:
+            self._backend.doubt(self._blob_id)
         flight.data.update(decoded)
         self._place(decoded)
         return errors

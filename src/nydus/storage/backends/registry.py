@@ -75,7 +75,7 @@ class RegistryBackend(MeteredBackend):
 
     A proxy or mirror that fails in whatever way is passed over for this request, and after repeated failures
     for its check interval. Without ``proxy.fallback`` only the proxy is asked. Mirrors that ask for it get
-    the same credentials as the registry.
+    the same credentials as the registry. A blob of which wrong bytes came is read from the registry alone.
 
     Raises:
         ConfigError: an unusable value; the text names the key.
@@ -90,6 +90,7 @@ class RegistryBackend(MeteredBackend):
         self._config = config
         self._lock = threading.Lock()
         self._closed = False
+        self._doubted: set[str] = set()
         self._ways = self._make_ways(os.environ.get("IMAGE_PULL_AUTH") or config.auth)
 
     def _make_ways(self, auth: str | None) -> list[_Way]:
@@ -174,7 +175,7 @@ class RegistryBackend(MeteredBackend):
         if self._closed:
             raise BackendError("registry backend is closed", permanent=True)
         ways = self._ways
-        usable = [way for way in ways[:-1] if way.usable]
+        usable = [way for way in ways[:-1] if way.usable and blob_id not in self._doubted]
         for way in usable:
             try:
                 result = ask(way.repository, f"sha256:{blob_id}")
@@ -191,6 +192,11 @@ class RegistryBackend(MeteredBackend):
 
     def size(self, blob_id: str) -> int:
         return self._each(blob_id, lambda repository, digest: repository.blob_size(digest))
+
+    def doubt(self, blob_id: str) -> None:
+        if blob_id not in self._doubted and len(self._ways) > 1:
+            log.warning("blob %s: wrong bytes came; from now on it is read from the registry alone", blob_id)
+        self._doubted.add(blob_id)
 
     def close(self) -> None:
         self._closed = True
