@@ -271,3 +271,11 @@ def test_one_of_several_images_in_an_archive(nydusify: Nydusify, vectors: Path, 
         assert "no image 'three'; it has one, two" in message
     done = nydusify("copy", "--source", f"file://{layout}:two", "--target", "file://two.tar")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_fetched_first_is_told(nydusify: Nydusify, source: str) -> None:
+    arguments = ("convert", "--source", source, "--target", f"{source}-n", "--plain-http", "--quiet")
+    done = nydusify(*arguments, "--prefetch-patterns", stdin="".join(f"/no/{n}\n" for n in range(7)))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "level=warning" in line and "not in the image: /no/0, " in line and "/no/4 and 2 more" in line

@@ -82,7 +82,7 @@ def test_a_check_in_lines(nydusify: Nydusify, server: FaultyRegistry, source: st
     assert done.returncode == 0, done.stderr
     count = len(layers_of(server, "latest-n")) - 1 + len(layers_of(server, "latest"))
     for number in range(1, count + 1):
-        assert f"checked layer {number}/{count}: " in done.stderr
+        assert f"read layer {number}/{count}: " in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--oci-ref", "--merge-platform"])

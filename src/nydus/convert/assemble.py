@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ from nydus.oci.place import Sink, SinkPlace, SourcePlace
 
 if TYPE_CHECKING:
     from nydus.oci.encryption import Recipient
+
+log = logging.getLogger(__name__)
+
+#: Paths that a warning names.
+_TOLD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,10 @@ def assemble(
 
     def make() -> bytes:
         tree = merge([blob.tree for blob in blobs], dictionary.tree if dictionary else None)
+        if missing := [path for path in options.prefetch if tree.find(path) is None]:
+            names = b", ".join(missing[:_TOLD]).decode(errors="backslashreplace")
+            more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
+            log.warning("cannot be fetched first, not in the image: %s%s", names, more)
         tree.prefetch = prefetch_rows(tree, options.prefetch)
         used.extend(f"sha256:{blob.id}" for blob in tree.blobs)
         return write_bootstrap(tree)

@@ -45,7 +45,7 @@ class Verb(NamedTuple):
 
 CONVERT = Verb("converting", "converted", "reused")
 COPY = Verb("copying", "copied", "found")
-CHECK = Verb("checking", "checked", "checked", sends=False)
+CHECK = Verb("checking", "read", "read", sends=False)
 
 
 class Progress(Protocol):

@@ -90,7 +90,7 @@ def select(
             whatever its platform is.
         nydus: of each platform take the Nydus manifest of a merged index, too.
         attestations: with all platforms, take what is no image (signatures, Nydus manifests) too.
-        exact: a single manifest must be for one of the platforms, too.
+        exact: a single manifest must be for the platforms, too.
 
     Returns:
         The index, None where the reference is a single manifest, and the images in its order.
@@ -104,9 +104,11 @@ def select(
     document = model.decode_image(data, descriptor.media_type, where)
     if isinstance(document, Manifest):
         single = _image(source, descriptor, data, document, where)
-        if exact and platforms and not _suits(single.config.platform, platforms):
-            asked = ", ".join(map(str, platforms))
-            raise ConfigError(f"{where}: no image for {asked}; it is one for {single.config.platform}")
+        there_is = single.config.platform  # many artifacts do not say what they are for
+        lacking = [each for each in platforms or () if there_is.architecture and not matches(there_is, each)]
+        if exact and lacking:
+            asked = ", ".join(map(str, lacking))
+            raise ConfigError(f"{where}: no image for {asked}; it is one for {there_is}")
         return None, [single]
     entries = [entry for entry in document.manifests if attestations or _is_image(entry, nydus)]
     chosen: list[Descriptor] = []
@@ -141,11 +143,6 @@ def select(
 def _variant(entry: Descriptor) -> str:
     variant = entry.platform.variant if entry.platform else ""
     return "" if variant == "v8" else variant
-
-
-def _suits(found: Platform, wanted: Sequence[Platform]) -> bool:
-    """Whether an image is for one of the platforms; many artifacts do not say what they are for."""
-    return not found.architecture or any(matches(found, each) for each in wanted)
 
 
 def _is_image(entry: Descriptor, nydus: bool) -> bool:
