@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from documents import load
 from faulty import FaultyRegistry
-from images import place, two_platforms
+from images import layer_with, place, put_image, two_platforms
 
 from nydus.convert.check import check
 from nydus.convert.image import image
@@ -254,3 +254,19 @@ def test_a_build_cache_has_an_image_of_two_platforms_once(server: FaultyRegistry
         result = image(both, place(f"{server.host}/{target}"), platforms=None, cache=BuildCache(cache))
     assert all(layer.reused for layer in result.layers)
     assert len(load(cache.open(), "c")["layers"]) == 4
+
+
+def test_a_build_cache_that_has_lost_a_blob_begins_anew(server: FaultyRegistry, tmp_path: Path) -> None:
+    from nydus.convert.cache import BuildCache
+
+    cache = place(f"{server.host}/cache:c")
+    for tag in ("one", "two"):
+        made_of = put_image(server, tag, layer_with(tag, tag.encode()))
+        image(made_of, place(f"{server.host}/small:n-{tag}"), cache=BuildCache(cache))
+        if tag == "one":
+            lost = load(cache.open(), "c")["layers"][0]["digest"].partition(":")[2]
+            for path in (tmp_path / "registry").rglob(f"*{lost}*"):
+                path.unlink()
+    records = load(cache.open(), "c")["layers"]
+    assert len(records) == 2
+    assert all(cache.open().has_blob(record["digest"]) for record in records)

@@ -162,15 +162,29 @@ class BuildCache:
         added = [record for record in added if len(record.annotations[ENTRY]) <= _MAX_ENTRY]
         if tuple(added) == self._records[: len(added)]:
             return
+        replaced = {_identity(record) for record in added}
+        kept = [record for record in self._records if _identity(record) not in replaced]
+        sources = {model.NYDUS_BLOB: blobs, model.OCI_LAYER_GZIP: bootstraps}
+        try:
+            self._put(added, kept, sources)
+        except BackendError as error:
+            if error.status not in (400, 404):
+                raise
+            self._put(added, [], sources)  # it has lost a blob of what it kept
+
+    def _put(
+        self,
+        added: Sequence[Descriptor],
+        kept: Sequence[Descriptor],
+        sources: Mapping[str, tuple[Source, str]],
+    ) -> None:
         sink = self.place.open_sink()
         for record in added:
-            if record not in self._records:
-                source, repository = blobs if record.media_type == model.NYDUS_BLOB else bootstraps
+            if not kept or record not in self._records:
+                source, repository = sources[record.media_type]
                 host, _, name = repository.partition("/")
                 link_from = name if host == self.repository.partition("/")[0] else ""
                 copy_blob(source, sink, LayerProgress(0, record.digest, record.size), link_from)
-        replaced = {_identity(record) for record in added}
-        kept = [record for record in self._records if _identity(record) not in replaced]
         manifest = Manifest(
             schema_version=2,
             media_type=model.OCI_MANIFEST,
