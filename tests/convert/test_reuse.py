@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from documents import load
-from faulty import FaultyRegistry
+from faulty import FaultyHandler, FaultyRegistry, is_blob
 from images import layer_with, place, put_image, two_platforms
 
 from nydus.convert.check import check
 from nydus.convert.image import image
 from nydus.convert.options import ConvertOptions
 from nydus.convert.reuse import note
-from nydus.errors import NydusError
+from nydus.errors import FormatError, NydusError
 from nydus.oci import model
 
 pytestmark = pytest.mark.vectors
@@ -270,3 +272,26 @@ def test_a_build_cache_that_has_lost_a_blob_begins_anew(server: FaultyRegistry, 
     records = load(cache.open(), "c")["layers"]
     assert len(records) == 2
     assert all(cache.open().has_blob(record["digest"]) for record in records)
+
+
+def test_what_is_cached_is_not_waited_for_once_a_layer_has_failed(
+    server: FaultyRegistry, tmp_path: Path
+) -> None:
+    from nydus.convert.cache import BuildCache
+
+    layers = [layer_with("f", bytes([number]) * 100) for number in range(40)]
+    sound = put_image(server, "sound", *layers)
+    broken = put_image(server, "broken", *layers, gzip.compress(b"no tar archive" * 99))
+
+    def slow(handler: FaultyHandler) -> bool:
+        time.sleep(1 if is_blob(handler) else 0)
+        return False
+
+    with FaultyRegistry(tmp_path / "caches") as caches, FaultyRegistry(tmp_path / "other") as other:
+        cache = place(f"{caches.host}/cache:c")
+        image(sound, place(f"{server.host}/small:n"), cache=BuildCache(cache))
+        caches.intercepts.append(slow)
+        caches.seen.clear()
+        with pytest.raises(FormatError, match=r"layer 41 .* not a tar header"):
+            image(broken, place(f"{other.host}/small:n"), cache=BuildCache(cache))
+        assert len([path for path in caches.paths("GET") if "/blobs/" in path]) < 40

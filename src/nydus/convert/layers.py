@@ -121,16 +121,20 @@ def convert_layers(
     before = {digest: cached.get(digest) or (record and record.find(digest)) for digest in distinct}
     known = {digest: layer for digest, layer in before.items() if layer}
     unknown = [digest for digest in distinct if digest not in known]
+    stopped = threading.Event()
     with ExitStack() as stack:
         # Before there are threads.
         workers = stack.enter_context(_workers(options, fork=fork)) if unknown else None
         if workers and isinstance(target, BackendPlace):
             require_target(target.open_sink(), target)
         with ThreadPoolExecutor(1, "reuse") as pool:
-            taking = pool.submit(_take_over, known, target, cached, cache, reuse)
-            if workers:
-                convert(workers, unknown)
-            taking.result()
+            taking = pool.submit(_take_over, known, target, cached, cache, reuse, stopped)
+            try:
+                if workers:
+                    convert(workers, unknown)
+                taking.result()
+            finally:
+                stopped.set()
         if lost := [digest for digest in distinct if digest not in blobs]:
             workers = workers or stack.enter_context(_workers(options, fork=fork))
             convert(workers, lost)
@@ -152,13 +156,17 @@ def _take_over(
     cached: Mapping[str, Known],
     cache: Source | None,
     finish: Callable[[str, Converted], None],
+    stopped: threading.Event,
 ) -> None:
     if not known:
         return
     writer, repository = target.open_sink(), repository_of(target)
 
     def fetch(digest: str) -> Tables | None:
-        return take_over(known[digest], reader, writer, repository, cache if digest in cached else None)
+        if stopped.is_set():
+            return None
+        at = cache if digest in cached else None
+        return take_over(known[digest], reader, writer, repository, at, stopped)
 
     with readable(target, writer) as reader, ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
         for digest, tables in zip(known, pool.map(fetch, known), strict=True):

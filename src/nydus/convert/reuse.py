@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -181,7 +182,12 @@ def note(folder: Path, name: str, data: bytes) -> None:
 
 
 def take_over(
-    known: Known, source: Source, sink: Sink, repository: str, cache: Source | None = None
+    known: Known,
+    source: Source,
+    sink: Sink,
+    repository: str,
+    cache: Source | None = None,
+    stopped: threading.Event | None = None,
 ) -> Tables | None:
     """Uses a blob that the target has, or can link from where it was stored last, or copy from a cache.
 
@@ -189,12 +195,13 @@ def take_over(
         source, sink: the target, for reading and writing.
         repository: ``host/name`` of the target, "" if it is no registry.
         cache: where the blob is kept, None for nowhere.
+        stopped: ends a copy from there.
 
     Returns:
         What is then read of it; None if it is not there, or is not what the record says.
     """
     try:
-        if bring(known.digest, known.size, known.repository, sink, repository, cache):
+        if bring(known.digest, known.size, known.repository, sink, repository, cache, stopped):
             return Tables(known, source)
     except NydusError:
         pass
@@ -202,12 +209,19 @@ def take_over(
 
 
 def bring(
-    digest: str, size: int, stored_in: str, sink: Sink, repository: str, cache: Source | None = None
+    digest: str,
+    size: int,
+    stored_in: str,
+    sink: Sink,
+    repository: str,
+    cache: Source | None = None,
+    stopped: threading.Event | None = None,
 ) -> bool:
     """Has a blob in the target that need not be made again; see :func:`take_over`.
 
     Args:
         stored_in: ``host/name`` where it was stored last.
+        stopped: see there.
 
     Returns:
         False if it is not to be had.
@@ -224,7 +238,7 @@ def bring(
         return True
     if cache is None:
         return False
-    copy_blob(cache, sink, LayerProgress(0, digest, size))
+    copy_blob(cache, sink, LayerProgress(0, digest, size), stopped=stopped)
     return True
 
 
