@@ -106,6 +106,19 @@ def test_later_conversions_refer_to_it(
         *(nydusify, third, f"{server.host}/three:shared", "--fs-version", version),
         *("--chunk-dict", f"bootstrap:registry:{target}"),
     )
+    told = nydusify(
+        *(
+            "convert",
+            "--source",
+            third,
+            "--target",
+            f"{server.host}/three:told",
+            "--plain-http",
+            "--no-reuse",
+        ),
+        *("--fs-version", version, "--chunk-dict", f"bootstrap:registry:{target}"),
+    )
+    assert "; 2 chunks did not have to be stored again" in told.stderr
     own = [sum(layer.size for layer in each.found.manifest.layers[:2]) for each in (alone, shared)]
     assert own[0] - own[1] > 590_000, "two of its three files are not stored again"
     listed = {layer.digest for layer in shared.found.manifest.layers}

@@ -95,3 +95,14 @@ def test_a_copy_has_its_own_words(nydusify: Nydusify, source: str) -> None:
         "copy", "--source", source, "--target", f"file://{name.rpartition(':')[2]}.tar", "--plain-http"
     )
     assert 'msg="copied layer 4/4' in done.stderr and "convert" not in done.stderr
+
+
+def test_a_file_that_is_taken_for_the_name_of_an_image(nydusify: Nydusify, tmp_path: Path) -> None:
+    (tmp_path / "cwd" / "127.0.0.1:1").mkdir()
+    (tmp_path / "cwd" / "127.0.0.1:1" / "app.tar").touch()
+    done = nydusify("info", "127.0.0.1:1/app.tar", "--plain-http", "--quiet")
+    one_fatal_line(done)
+    hint = (
+        "--target 127.0.0.1:1/app.tar is the name of an image; the file would be file://127.0.0.1:1/app.tar"
+    )
+    assert hint in done.stderr.splitlines()[0]

@@ -306,6 +306,7 @@ class BlobWriter:
             if number is None:
                 if self._dictionary and (foreign := self._find_foreign(digest, len(piece))) is not None:
                     references.append(foreign)
+                    self.duplicates += 1
                     continue
                 number = own[digest] = len(self._usize)
                 if not number:

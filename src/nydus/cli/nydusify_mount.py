@@ -170,7 +170,8 @@ def _work_files(work_dir: Path, documents: dict[str, bytes]) -> Iterator[Path]:
                 DaemonClient((folder / "nydus_api.sock").resolve(), timeout=5).state()
                 raise BlockingIOError
         except BlockingIOError:
-            raise ConfigError(f"--work-dir {work_dir}: another mount uses it; give each its own") from None
+            what = "another mount uses it; give each its own, or umount what one that was killed has left"
+            raise ConfigError(f"--work-dir {work_dir}: {what}") from None
         except OSError as error:
             raise NydusError(f"--work-dir {work_dir}: {error.strerror}") from error
         try:

@@ -100,6 +100,8 @@ def image_reference(text: str, option: str) -> Reference:
 
     found = _TRANSPORT.fullmatch(text)
     if found is None:
+        if os.path.isfile(text):  # noqa: PTH113 - a name that is too long is no error for this
+            warn(f"--{option} {text} is the name of an image; the file would be file://{text}")
         return parse(text)
     if found[1]:
         http = " with --plain-http" if found[1] == "http" else ""
