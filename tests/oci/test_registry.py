@@ -548,6 +548,7 @@ def test_redirect_loops_and_downgrades(repository: Repository, server: FaultyReg
     transport = Registry("r.io").transport
     assert transport.url("https://r.io/v2/x", "http://r.io/upload?a=b") == "https://r.io/upload?a=b"
     assert transport.url("https://r.io:444/v2/x", "http://r.io/u") == "https://r.io:444/u"
+    assert transport.url("https://[::1]:5000/v2/x", "http://[::1]/u") == "https://[::1]:5000/u"
     for location in ("http://evil.io/x", "file:///etc/passwd", ""):
         with pytest.raises(BackendError, match="redirect"):
             transport.url("https://r.io/v2/x", location)

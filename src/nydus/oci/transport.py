@@ -144,8 +144,8 @@ class Transport:
             raise BackendError(f"{self.host}: bad redirect to {shown(location)!r}", permanent=True)
         if parts.scheme == "http" and urlsplit(base).scheme == "https":
             if parts.hostname == urlsplit(base).hostname and parts.port in (None, 80, urlsplit(base).port):
-                port = f":{urlsplit(base).port}" if urlsplit(base).port else ""
-                return parts._replace(scheme="https", netloc=f"{parts.hostname}{port}").geturl()
+                netloc = urlsplit(base).netloc.rpartition("@")[2]
+                return parts._replace(scheme="https", netloc=netloc).geturl()
             raise BackendError(
                 f"{self.host}: refused a redirect from https to {shown(found)!r} over http", permanent=True
             )
