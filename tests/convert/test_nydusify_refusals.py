@@ -106,3 +106,7 @@ def test_a_file_that_is_taken_for_the_name_of_an_image(nydusify: Nydusify, tmp_p
         "--target 127.0.0.1:1/app.tar is the name of an image; the file would be file://127.0.0.1:1/app.tar"
     )
     assert hint in done.stderr.splitlines()[0]
+
+
+def test_info_without_an_image(nydusify: Nydusify) -> None:
+    assert one_fatal_line(nydusify("info")) == "the REFERENCE of an image is needed, or --target-archive"

@@ -77,6 +77,7 @@ def test_a_private_authority(nydusify: Nydusify, vectors: Path, tmp_path: Path, 
         source = ("copy", "--source", f"file://{vectors}/oci/source.tar", "--target", f"{host}/team/app:v1")
         done = nydusify(*source)
         assert done.returncode == 1 and "certificate is not trusted" in done.stderr.splitlines()[-1]
+        assert f"/etc/containers/certs.d/{host}/" in done.stderr
         folder = tmp_path / ".config/containers/certs.d" / host  # HOME of the command is tmp_path
         folder.mkdir(parents=True)
         authority.write(folder / "ca.crt")

@@ -12,6 +12,7 @@ from nydus.cli.gostyle import GoCommand, option, reporting
 from nydus.cli.gostyle import decryption_key as key_option
 from nydus.cli.logs import Log, count, human
 from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE
+from nydus.errors import ConfigError
 
 if TYPE_CHECKING:
     from nydus.convert.info import Info
@@ -62,6 +63,8 @@ def info(
     from nydus.convert.select import select
     from nydus.oci.encryption import private_keys
 
+    if not (reference or target or target_archive):
+        raise ConfigError("the REFERENCE of an image is needed, or --target-archive")
     place = source_place(
         reference or target, target_archive, plain_http=plain_http, insecure=target_insecure, option="target"
     )

@@ -368,6 +368,8 @@ class Transport:
                 )
             if "certificate" in lowered:
                 reason = re.sub(r".*certificate verify failed: ?", "", text).split(" (_ssl")[0]
+                if "self" in reason or "issuer" in reason:
+                    reason += f"; a private CA belongs in /etc/containers/certs.d/{host}/NAME.crt"
                 return BackendError(f"{host}: its TLS certificate is not trusted: {reason}", permanent=True)
             return BackendError(f"{host}: TLS failed: {text}")
         if isinstance(error, NewConnectionError):
