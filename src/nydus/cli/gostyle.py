@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from nydus.cli.lazy import Ended, LazyGroup, end_in_order
+from nydus.cli.lazy import Ended, LazyGroup, as_program, end_in_order
 from nydus.cli.logs import Log
 from nydus.errors import ConfigError, NydusError
 
@@ -187,33 +187,34 @@ def byte_size(text: str) -> int:
 
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: an error is one fatal line on standard error and exit code 1."""
-    log = Log()
-    end_in_order(_cut_connections)
-    _end_soon(log)
-    try:
-        code = command.main(prog_name=name, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
-    except click.UsageError as error:
-        if error.ctx is not None:
-            click.echo(error.ctx.get_usage(), err=True)
-        (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).failed(
-            error.format_message()
-        )
-        sys.exit(1)
-    except NydusError as error:
-        _current(log).failed(str(error))
-        sys.exit(1)
-    except Ended as ended:
-        _current(log).failed(ended.text)
-        raise
-    except (click.Abort, KeyboardInterrupt):
-        _current(log).failed("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    with as_program():
+        log = Log()
+        end_in_order(_cut_connections)
+        _end_soon(log)
+        try:
+            code = command.main(prog_name=name, standalone_mode=False)
+            sys.exit(code if isinstance(code, int) else 0)
+        except click.exceptions.Exit as done:
+            sys.exit(done.exit_code)
+        except click.UsageError as error:
+            if error.ctx is not None:
+                click.echo(error.ctx.get_usage(), err=True)
+            (error.ctx.obj if error.ctx and isinstance(error.ctx.obj, Log) else log).failed(
+                error.format_message()
+            )
+            sys.exit(1)
+        except NydusError as error:
+            _current(log).failed(str(error))
+            sys.exit(1)
+        except Ended as ended:
+            _current(log).failed(ended.text)
+            raise
+        except (click.Abort, KeyboardInterrupt):
+            _current(log).failed("interrupted")
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
 
 
 def _end_soon(log: Log) -> None:

@@ -88,7 +88,7 @@ def end_in_order(first: Callable[[], None] | None = None) -> None:
 def run(command: click.Command, name: str) -> None:
     """Run a click command as a program: a `NydusError` is one line on stderr and exit code 1."""
     end_in_order()
-    with leaving_at_once():
+    with as_program():
         try:
             command(prog_name=name)
         except Ended as ended:
@@ -100,11 +100,20 @@ def run(command: click.Command, name: str) -> None:
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Has the process end without the interpreter taking itself apart, which with numpy takes it 20 ms.
+def as_program() -> Iterator[None]:
+    """What every program begins and ends with.
 
-    Threads are waited for, and what is registered with :mod:`atexit` is called, as always.
+    A standard stream that was closed is /dev/null, lest its number becomes that of a socket. In the end the
+    interpreter does not take itself apart, which with numpy takes it 20 ms; threads are waited for, and what
+    is registered with :mod:`atexit` is called, as always.
     """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
     status = 1
 
     def leave() -> None:  # the last of what atexit calls, having been the first registered

@@ -9,7 +9,7 @@ import sys
 import click
 
 from nydus import __version__
-from nydus.cli.lazy import Ended, LazyGroup, end_in_order, leaving_at_once
+from nydus.cli.lazy import Ended, LazyGroup, as_program, end_in_order
 from nydus.errors import NydusError
 
 _LEVELS = ("trace", "debug", "info", "warn", "error")
@@ -122,7 +122,7 @@ def main() -> None:
     # A command that runs for seconds and makes no cycles has nothing to collect, and much to look through:
     # a tenth of a short run would be spent on that.
     gc.disable()
-    with leaving_at_once():
+    with as_program():
         try:
             nydus_image(prog_name="nydus-image")
         except Ended as ended:

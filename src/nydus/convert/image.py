@@ -6,18 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
 from nydus.convert.assemble import assemble, assemble_again, put_documents
 from nydus.convert.backend import BackendPlace
 from nydus.convert.cache import BuildCache
 from nydus.convert.copy import copy_blobs, linkable_repository
 from nydus.convert.finished import Finished, FinishedImages, bring_image, kept_layers
 from nydus.convert.layers import convert_layers, readable, repository_of
-from nydus.convert.merged import put_original
 from nydus.convert.opened import Opened, open_nydus
 from nydus.convert.options import ConvertOptions
 from nydus.convert.progress import LayerProgress, Progress, Silent
+from nydus.convert.publish import put_image, put_merged
 from nydus.convert.reuse import Record, known_of, options_key
 from nydus.convert.select import Image, reference_name, select
 from nydus.convert.sizes import Sizes, measure
@@ -25,8 +23,8 @@ from nydus.convert.target import require_target
 from nydus.errors import ConfigError, FormatError
 from nydus.oci import model
 from nydus.oci.encryption import ENCRYPTED, recipients
-from nydus.oci.model import Descriptor, Index, Manifest, Platform
-from nydus.oci.place import Sink, SinkPlace, Source, SourcePlace
+from nydus.oci.model import Descriptor, Manifest, Platform
+from nydus.oci.place import SinkPlace, Source, SourcePlace
 
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.",
@@ -84,17 +82,10 @@ def image(
         NydusError: one line that says what is wrong and where.
     """
     options, progress = options or ConvertOptions(), progress or Silent()
-    if options.recipients:
-        if cache or dictionary:
-            raise ConfigError(
-                "encrypted images use no build cache or chunk dictionary: each has its own keys"
-            )
-        options = replace(options, oci=True, record=None)  # each has keys of its own
+    options = _settle(
+        options, cached=cache is not None, elsewhere=backend is not None, shared=dictionary is not None
+    )
     readers = recipients(options.recipients)
-    if options.oci_ref:
-        if backend or dictionary:
-            raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
-        options = replace(options, oci=True)
     name = reference_name(target)
     started = time.monotonic()
     progress.note(f"pulling image {source}")
@@ -131,6 +122,9 @@ def image(
             )
         require_target(writer, target)
     pairs = list(zip(images, finished, strict=True))
+    link_from = linkable_repository(source, target)
+    # Where all is in one repository there is nothing to see.
+    copying = Silent() if repository and repository_of(source) == repository else progress
     with convert_layers(
         [found for found, known in pairs if known is None],
         [state for found, known in pairs if known for state in kept_layers(found, known.blobs)],
@@ -148,9 +142,6 @@ def image(
         progress.note(f"converted image {source} , elapse {converted - pulled:.3f}s")
 
         progress.note(f"pushing image {target}")
-        link_from = linkable_repository(source, target)
-        # Where all is in one repository there is nothing to see.
-        copying = Silent() if repository and repository_of(source) == repository else progress
         if options.oci_ref:  # the data stay in the source's layers, so these have to be where the image is
             copy_blobs(
                 reader,
@@ -179,17 +170,9 @@ def image(
     ]
     originals: list[Manifest] = []
     if options.merge_platform:
-        halves = [put_original(found, reader, writer, link_from, copying) for found in images]
-        originals = [half for _, half in halves]
-        entries = [entry for entry, _ in halves]
-        entries += _put_manifests(manifests, images, writer)
-        descriptor = _put_index(model.OCI_INDEX, None, entries, name, writer)
-    elif index is None or len(images) == 1:
-        descriptor = writer.put_manifest(name, model.encode(manifests[0]), manifests[0].media_type)
+        descriptor, originals = put_merged(name, images, manifests, reader, writer, link_from, copying)
     else:
-        media_type = model.OCI_INDEX if options.oci else index.media_type
-        entries = _put_manifests(manifests, images, writer)
-        descriptor = _put_index(media_type, index.annotations, entries, name, writer)
+        descriptor = put_image(name, images, manifests, index, writer, oci=options.oci)
     if record:
         for (found, known), part in zip(pairs, parts, strict=True):
             if known is None:
@@ -225,6 +208,25 @@ def image(
     )
 
 
+def _settle(options: ConvertOptions, *, cached: bool, elsewhere: bool, shared: bool) -> ConvertOptions:
+    """The options with what follows from them.
+
+    Args:
+        cached, elsewhere, shared: there are a build cache, a storage backend, a chunk dictionary.
+    """
+    if options.recipients:
+        if cached or shared:
+            raise ConfigError(
+                "encrypted images use no build cache or chunk dictionary: each has its own keys"
+            )
+        return replace(options, oci=True, record=None)
+    if options.oci_ref:
+        if elsewhere or shared:
+            raise ConfigError("oci-ref cannot be used with a storage backend or a chunk dictionary")
+        return replace(options, oci=True)
+    return options
+
+
 def _check(found: Image, reader: Source, where: str, options: ConvertOptions) -> None:
     if found.is_nydus:
         raise ConfigError(f"{where}: is a Nydus image already")
@@ -252,26 +254,3 @@ def _check(found: Image, reader: Source, where: str, options: ConvertOptions) ->
                 f"{where}: layer {number} is not in the registry, only its address is; "
                 "oci-ref needs it there, convert it instead"
             )
-
-
-def _put_manifests(manifests: Sequence[Manifest], images: Sequence[Image], writer: Sink) -> list[Descriptor]:
-    """Stores manifests by digest; returns their entries for an index."""
-    entries = []
-    for manifest, found in zip(manifests, images, strict=True):
-        data = model.encode(manifest)
-        stored = writer.put_manifest(model.digest(data), data, manifest.media_type)
-        nydus = manifest.config.media_type == model.NYDUS_CONFIG
-        kind = model.NYDUS_MANIFEST if nydus else ""
-        entries.append(msgspec.structs.replace(stored, platform=found.platform, artifact_type=kind))
-    return entries
-
-
-def _put_index(
-    media_type: str,
-    annotations: dict[str, str] | None,
-    entries: Sequence[Descriptor],
-    name: str,
-    writer: Sink,
-) -> Descriptor:
-    index = Index(schema_version=2, media_type=media_type, manifests=tuple(entries), annotations=annotations)
-    return writer.put_manifest(name, model.encode(index), media_type)
