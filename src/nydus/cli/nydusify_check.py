@@ -20,7 +20,7 @@ from nydus.cli.gostyle import (
     tell_unused,
 )
 from nydus.cli.logs import Log, count, human
-from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http, speaks_http
+from nydus.cli.nydusify_places import SOURCE, SOURCE_ARCHIVE, plain_http
 from nydus.errors import ConfigError, NydusError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     everything; the image is mounted for that, which needs root.
     """
     from nydus.cli.nydusify_check_files import complete
-    from nydus.cli.nydusify_places import backend_config, one_platform, source_place
+    from nydus.cli.nydusify_places import backend_config, one_platform, place_of
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
     from nydus.convert.check import Report
@@ -103,24 +103,10 @@ def check(ctx: click.Context, /, **values: Any) -> None:
     ):
         if unused:
             tell_unused(ctx, log, names, why)
-    target = source_place(
-        values["target"],
-        values["target_archive"],
-        plain_http=speaks_http(values, "target"),
-        insecure=values["target_insecure"],
-        option="target",
-        work_dir=values["work_dir"],
-    )
+    target = place_of(values, "target")
     source = None
     if not alone:
-        source = source_place(
-            values["source"],
-            values["source_archive"],
-            plain_http=speaks_http(values, "source"),
-            insecure=values["source_insecure"],
-            option="source",
-            work_dir=values["work_dir"],
-        )
+        source = place_of(values, "source")
     places = []
     for side in ("target", "source"):
         words = ("type", "config", "config_file")

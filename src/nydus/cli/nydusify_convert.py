@@ -159,7 +159,7 @@ def convert(ctx: click.Context, /, **given_options: Any) -> None:
 
 
 def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path | None) -> None:
-    from nydus.cli.nydusify_places import image_name, platforms, source_place, work_dir
+    from nydus.cli.nydusify_places import image_name, place_of, platforms, work_dir
     from nydus.cli.nydusify_summary import figures, tell
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
@@ -176,14 +176,7 @@ def _convert(ctx: click.Context, log: Log, values: dict[str, Any], output: Path 
             "pushed, and modelfile, for what it has built"
         )
     folder = Path(values["work_dir"])
-    source = source_place(
-        values["source"],
-        values["source_archive"],
-        plain_http=speaks_http(values, "source"),
-        insecure=values["source_insecure"],
-        option="source",
-        work_dir=values["work_dir"],
-    )
+    source = place_of(values, "source")
     if kind == "modelfile":
         source = _model_store(values["source_backend_config"], source)
     if not isinstance(source, RegistryPlace) and not source.name:

@@ -47,8 +47,8 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
     from nydus.cli.nydusify_places import (
         backend_config,
         one_platform,
+        place_of,
         platforms,
-        source_place,
     )
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
@@ -66,14 +66,7 @@ def copy(ctx: click.Context, /, **values: Any) -> None:
         "--source-backend",
     )
     chosen = platforms(values["platform"], values["all_platforms"])
-    source = source_place(
-        values["source"],
-        values["source_archive"],
-        plain_http=speaks_http(values, "source"),
-        insecure=values["source_insecure"],
-        option="source",
-        work_dir=values["work_dir"],
-    )
+    source = place_of(values, "source")
     blobs = backend_place(*backend) if backend else None
     if blobs and values["all_platforms"]:
         raise ConfigError("--all-platforms cannot be used with a storage backend")

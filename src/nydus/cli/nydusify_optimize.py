@@ -58,7 +58,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
     The target may be any place: blobs that it lacks are linked or copied. Where the blobs of the image
     are in a storage backend, the new one goes there.
     """
-    from nydus.cli.nydusify_places import backend_config, one_platform, source_place, work_dir
+    from nydus.cli.nydusify_places import backend_config, one_platform, place_of, work_dir
     from nydus.cli.nydusify_targets import target_place
     from nydus.cli.progress import progress_for
     from nydus.convert.backend import backend_place
@@ -67,14 +67,7 @@ def optimize(ctx: click.Context, /, **values: Any) -> None:
 
     log: Log = ctx.obj if isinstance(ctx.obj, Log) else Log()
     tell_environment(ctx, log)
-    source = source_place(
-        values["source"],
-        values["source_archive"],
-        plain_http=speaks_http(values, "source"),
-        insecure=values["source_insecure"],
-        option="source",
-        work_dir=values["work_dir"],
-    )
+    source = place_of(values, "source")
     sink = target_place(
         values["target"],
         values["target_archive"],

@@ -66,6 +66,18 @@ def source_place(
     return source_registry(image_reference(reference, option), plain_http=plain_http, insecure=insecure)
 
 
+def place_of(values: Mapping[str, Any], side: str) -> SourcePlace:
+    """The image to read that the options about the ``source`` or ``target`` say; see :func:`source_place`."""
+    return source_place(
+        values[side],
+        values[f"{side}_archive"],
+        plain_http=speaks_http(values, side),
+        insecure=values[f"{side}_insecure"],
+        option=side,
+        work_dir=values["work_dir"],
+    )
+
+
 def plain_http(command: Any) -> Any:
     """Gives a command with a source and a target the options about registries without TLS."""
     for side, help in (
