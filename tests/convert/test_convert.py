@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,12 @@ def test_a_directory_that_a_layer_only_implies_keeps_its_attributes(
     assert [layer.reused for layer in result.layers] == [True, True]
 
 
-def test_many_layers(server: FaultyRegistry) -> None:
+def test_many_layers(server: FaultyRegistry, tmp_path: Path) -> None:
     layers = [layer_of(f"d{number}/", f"d{number}/f") for number in range(127)]
-    image(put_image(server, "many", *layers), place(f"{server.host}/small:nydus"))
-    assert len(listing(tree_of(place(f"{server.host}/small:nydus").open(), "nydus"))) == 255
+    options, target = ConvertOptions(record=tmp_path / "record"), place(f"{server.host}/small:nydus")
+    first = image(put_image(server, "many", *layers), target, options)
+    assert len(listing(tree_of(target.open(), "nydus"))) == 255
+    shutil.rmtree(tmp_path / "record/images")  # so that each layer has to be found for itself
+    again = image(put_image(server, "many", *layers), target, options)
+    assert [layer.reused for layer in again.layers] == [True] * 127
+    assert again.descriptor.digest == first.descriptor.digest

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nydus.rafs.model import Tree
 
 _AT_ONCE = 8
+_AHEAD = 2 * _AT_ONCE
 
 
 @contextmanager
@@ -168,11 +169,14 @@ def _take_over(
         at = cache if digest in cached else None
         return take_over(known[digest], reader, writer, repository, at, stopped)
 
+    digests = list(known)
     with readable(target, writer) as reader, ThreadPoolExecutor(_AT_ONCE, "reuse") as pool:
-        for digest, tables in zip(known, pool.map(fetch, known), strict=True):
-            if tables is not None:
-                try:
-                    converted = read_back(tables)
-                except NydusError:
-                    continue  # it is not as it was recorded: it is converted again
-                finish(digest, converted)
+        for start in range(0, len(digests), _AHEAD):  # the tables of a layer can be tens of megabytes
+            part = digests[start : start + _AHEAD]
+            for digest, tables in zip(part, pool.map(fetch, part), strict=True):
+                if tables is not None:
+                    try:
+                        converted = read_back(tables)
+                    except NydusError:
+                        continue  # it is not as it was recorded: it is converted again
+                    finish(digest, converted)
