@@ -96,6 +96,9 @@ def test_a_build_cache(server: FaultyRegistry, source: str, tmp_path: Path) -> N
     assert len(cached()) == 4
     with pytest.raises(NydusError, match="is not a build cache"):
         image(place(source), place(f"{server.host}/x:y"), cache=BuildCache(place(f"{server.host}/small:a")))
+    server.intercepts.append(lambda handler: "/cache/" in handler.path and (handler.send_error(403) or True))
+    with pytest.raises(NydusError, match=f"^build cache {server.host}/cache:c: "):
+        convert("small:g", ConvertOptions())
 
 
 @pytest.mark.parametrize("lost", [None, "bootstrap", "layer"])

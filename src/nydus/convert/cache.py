@@ -81,7 +81,8 @@ class BuildCache:
         except BackendError as error:
             if error.status == 404:
                 return {}
-            raise
+            what = f"build cache {self.place}: {error}"
+            raise BackendError(what, permanent=error.permanent, status=error.status) from error
         document = model.decode_image(data, descriptor.media_type, f"build cache {self.place}")
         version = (document.annotations or {}).get(model.NYDUS_CACHE_VERSION)
         if not isinstance(document, Manifest) or version is None:
