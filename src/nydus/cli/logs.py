@@ -34,7 +34,7 @@ class Log:
         self.terminal = self.stream.isatty()
         self._level = _LEVELS[level]
         self._started = time.monotonic()
-        self.as_json = False
+        self.as_json = self._told = False
 
     def hush(self) -> None:
         """Write warnings and errors only."""
@@ -75,11 +75,12 @@ class Log:
         self.info(message, **fields)
         if self.as_json:
             print(json.dumps(document), flush=True)
+            self._told = True
 
     def failed(self, message: str) -> None:
-        """The same for a command that failed."""
+        """The same for a command that failed; standard output has one document, the first."""
         self.fatal(message)
-        if self.as_json:
+        if self.as_json and not self._told:
             with suppress(OSError):  # nobody reads it
                 print(json.dumps({"error": message}), flush=True)
 
